@@ -1,0 +1,60 @@
+# Every target works from a fresh clone: `.venv` is made and filled by the first one that needs it.
+SHELL := /bin/bash
+PYTHON ?= python3
+LOCK ?= requirements-cpu.lock
+BIN := .venv/bin
+RUN := $(BIN)/python -m
+ROOT := $(CURDIR)/runs
+export RAY_USAGE_STATS_ENABLED ?= 0
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install demo clean-demo test check format loop loop-baselines show-line lock
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+.venv/installed: $(LOCK) pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(RUN) pip install --quiet uv==0.13.9
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --no-deps -r $(LOCK)
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --no-deps -e .
+	touch $@
+
+install: .venv/installed  ## make .venv and install the locked packages
+
+demo: .venv/installed  ## caption the 1,000 easy-VQA test images with the captioner of this repository
+	$(RUN) jobs.demo demo --where.root $(ROOT)/demo
+
+clean-demo:  ## delete the demo's results
+	rm -rf runs/demo
+
+test: .venv/installed  ## every test that fits into minutes
+	$(RUN) pytest
+
+check: .venv/installed  ## static checks: format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed  ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+loop: .venv/installed  ## the whole system in miniature: teach, caption, train, evaluate (about an hour)
+	$(RUN) jobs.run_all easy-vqa --where.root $(ROOT)/easy-vqa
+
+loop-baselines: .venv/installed  ## the same without good captions: one word each, or none
+	$(RUN) jobs.run_all easy-vqa-one-word --where.root $(ROOT)/easy-vqa
+	$(RUN) jobs.run_all easy-vqa-no-pretraining --where.root $(ROOT)/easy-vqa
+
+show-line: .venv/installed  ## everything this repository claims and a script can show
+	$(MAKE) check
+	$(MAKE) clean-demo demo
+	$(RUN) pytest -m 'not gpu'
+	$(MAKE) loop
+
+lock: .venv/installed  ## resolve the two lock files anew
+	$(BIN)/uv pip compile requirements-cpu.in --override requirements-cpu.overrides --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-cpu.lock
+	$(BIN)/uv pip compile requirements-gpu.in --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-gpu.lock

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every job does alike: recipe and placement from the command line, Ray, errors, logs."""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+import tyro
+
+from sg4v_ray.core.artifact import Manifest
+from sg4v_ray.core.errors import ConfigError, Sg4vError
+from sg4v_ray.core.observe import set_up_logging
+from sg4v_ray.core.where import Where
+from sg4v_ray.recipes.catalogue import RECIPES
+from sg4v_ray.recipes.line import Line
+
+T = TypeVar("T")
+_ROOT = "--where.root"
+
+
+def main(run: Callable[[], None]) -> None:
+    """Run a job: errors raised on purpose end it with their text alone, and exit code 1."""
+    set_up_logging()
+    try:
+        run()
+    except Sg4vError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def parse(doc: str | None, pick: Callable[[Line], T], args: Sequence[str]) -> tuple[T, Where]:
+    """Read `RECIPE [flags]` and return what `pick` takes of the recipe, and the placement.
+
+    Args:
+        doc: the job's docstring, shown by --help.
+        pick: the part of a recipe that this job runs; each of its fields becomes a flag.
+        args: the command line without the program.
+
+    Raises:
+        ConfigError: no such recipe, a recipe without this part, or a relative root in a
+            submitted job.
+    """
+    name, flags = _recipe_name(doc, args)
+    part = pick(RECIPES[name]())
+    if part is None or part == ():
+        raise ConfigError(f"the recipe {name!r} has no such step; `python -m jobs` lists them")
+    where = Where(root=str(Path("runs", name).absolute()))
+    settings = dataclasses.make_dataclass(
+        "Settings", [("step", _type_of(part)), ("where", Where)], frozen=True
+    )
+    given = tyro.cli(
+        settings,
+        default=settings(part, where),
+        args=_with_absolute_root(flags),
+        description=doc,
+        prog=f"RECIPE {name}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return given.step, given.where
+
+
+def _recipe_name(doc: str | None, args: Sequence[str]) -> tuple[str, list[str]]:
+    known = "\n".join(f"  {key:24} {(make.__doc__ or '').splitlines()[0]}" for key, make in
+                      RECIPES.items())
+    if not args or args[0] in ("-h", "--help"):
+        print(f"{(doc or '').strip()}\n\nFirst a recipe, then flags (RECIPE --help):\n{known}")
+        sys.exit(0 if args else 2)
+    if args[0] not in RECIPES:
+        raise ConfigError(f"no recipe {args[0]!r}; there are\n{known}")
+    return args[0], list(args[1:])
+
+
+def _type_of(part: Any) -> Any:
+    return tuple[type(part[0]), ...] if isinstance(part, tuple) else type(part)
+
+
+def in_ray_job() -> bool:
+    """Say whether this process was started by `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _with_absolute_root(flags: list[str]) -> list[str]:
+    """Make a relative root absolute on this machine; refuse it, or none, in a submitted job.
+
+    A submitted job runs in a temporary copy of the working folder: results below a relative root
+    would be deleted with it.
+    """
+    flags = [piece for flag in flags for piece in _split(flag)]
+    place = flags.index(_ROOT) + 1 if _ROOT in flags else len(flags)
+    given = flags[place] if place < len(flags) else ""
+    absolute = given.startswith("/") or "://" in given
+    if in_ray_job() and not absolute:
+        raise ConfigError(
+            f"{_ROOT} is {given!r}; a submitted job runs in a temporary copy of the folder, so "
+            f"write {_ROOT} $PWD/{given or 'runs'} (your shell fills in $PWD) or a URI such as "
+            "s3://bucket/runs"
+        )
+    if given and not absolute:
+        flags[place] = str(Path(given).absolute())
+    return flags
+
+
+def _split(flag: str) -> list[str]:
+    return flag.split("=", 1) if flag.startswith(f"{_ROOT}=") else [flag]
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Join the cluster of a submitted job or of RAY_ADDRESS, else start Ray on this machine."""
+    quiet = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if in_ray_job() or os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", **quiet)
+    else:
+        # Logical CPUs: beside the engine, light tasks read, decode and write.
+        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def summary(manifest: Manifest) -> str:
+    """Return one line about a finished artifact."""
+    counts = ", ".join(f"{value} {key}" for key, value in manifest.counts.items())
+    return f"{manifest.name}@{manifest.version}: {counts}"

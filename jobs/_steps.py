@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each kind of step is run. Shared by the single jobs and by `run_all`."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+from sg4v_ray.captions import bulk, collect
+from sg4v_ray.core.artifact import Manifest
+from sg4v_ray.core.where import Where
+from sg4v_ray.dataset import build
+from sg4v_ray.evaluation import run as evaluation
+from sg4v_ray.recipes import easy_vqa_teacher
+from sg4v_ray.recipes.line import (
+    CaptionStep,
+    CollectStep,
+    DatasetStep,
+    EvaluateStep,
+    IndexStep,
+    QuestionsStep,
+    TrainStep,
+)
+from sg4v_ray.sources import index
+from sg4v_ray.training import launch
+
+
+def index_images(step: IndexStep, where: Where) -> Manifest:
+    """Index the images of a step."""
+    return index.run(step.config, out=step.out, where=where)
+
+
+def index_questions(step: QuestionsStep, where: Where) -> Manifest:
+    """Index the questions of a step."""
+    return index.run_questions(step.config, images=step.images, out=step.out, where=where)
+
+
+def collect_captions(step: CollectStep, where: Where) -> Manifest:
+    """Collect teacher captions, from the recipe's own teacher if it says so."""
+    with ExitStack() as stack:
+        endpoint = step.endpoint
+        if step.local_teacher:
+            endpoint = replace(endpoint, base_url=stack.enter_context(easy_vqa_teacher.serve()))
+        return collect.run(
+            step.config,
+            endpoint=endpoint,
+            images=step.images,
+            out=step.out,
+            where=where,
+            flow=step.flow,
+        )
+
+
+def build_dataset(step: DatasetStep, where: Where) -> Manifest:
+    """Build the training data of a step."""
+    return build.run(step.config, out=step.out, where=where)
+
+
+def train(step: TrainStep, where: Where) -> Manifest:
+    """Train the model of a step."""
+    return launch.run(
+        step.config, start=step.start, dataset=step.dataset, out=step.out, where=where
+    )
+
+
+def caption_images(step: CaptionStep, where: Where) -> Manifest:
+    """Caption the images of a step."""
+    return bulk.run(
+        step.config,
+        engine=step.engine,
+        images=step.images,
+        captioner=step.captioner,
+        out=step.out,
+        where=where,
+        flow=step.flow,
+    )
+
+
+def evaluate(step: EvaluateStep, where: Where) -> Manifest:
+    """Ask all questions of a step and score the answers."""
+    evaluation.predict(
+        step.config,
+        engine=step.engine,
+        questions=step.questions,
+        model=step.model,
+        out=step.out,
+        where=where,
+        flow=step.flow,
+    )
+    return evaluation.score(
+        predictions=step.out,
+        questions=step.questions,
+        train_questions=step.train_questions,
+        out=step.scores,
+        report=step.report,
+        where=where,
+    )

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ray job: index the questions of a recipe.
+
+    python -m jobs.index_questions RECIPE [--where.root PATH_OR_URI] [flags]
+    ray job submit --working-dir . -- python -m jobs.index_questions RECIPE --where.root $PWD/runs
+"""
+
+import sys
+
+from jobs import _steps
+from jobs._cli import main, parse, summary
+
+
+def run() -> None:
+    """Run the job with the flags of this process."""
+    steps, where = parse(__doc__, lambda line: line.questions, sys.argv[1:])
+    for step in steps:
+        print(summary(_steps.index_questions(step, where)))
+
+
+if __name__ == "__main__":
+    main(run)

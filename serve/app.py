@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Ray Serve application: one deployment for every model, and one that answers HTTP.
+
+    serve run serve.app:build config=serve/config.easy-vqa.yaml root=/absolute/path/runs/easy-vqa
+
+`python -m serve` with the same arguments also takes host, port and time-out from the config.
+"""
+
+from datetime import datetime
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from serve.config import INGRESS, Limits, ModelDeployment, ServeConfig, read
+from serve.ingress import Ingress
+from serve.replica import Replica, Served
+from sg4v_ray.core.artifact import find
+from sg4v_ray.core.storage import Storage
+
+
+def build(args: dict[str, str]) -> Application:
+    """Return the application that the arguments describe: config=, root= and cache=.
+
+    Raises:
+        ConfigError: an argument or the config does not fit.
+        ArtifactMissing: a model is not finished; said here and not by a replica in a loop.
+    """
+    return application(read(args))
+
+
+def application(config: ServeConfig) -> Application:
+    """Return the application of a config."""
+    models = tuple(served(one) for one in config.models)
+    handles = {
+        one.config.id: serve.deployment(**model_options(one.config, config.limits))(Replica).bind(
+            one, cache=config.cache, timeout_s=config.limits.timeout_s
+        )
+        for one in models
+    }
+    ingress = serve.deployment(**ingress_options(config))(Ingress)
+    return ingress.bind(models, handles, limits=config.limits, cache=config.cache)
+
+
+def served(model: ModelDeployment) -> Served:
+    """Find a model's artifact.
+
+    Raises:
+        ArtifactMissing: it is not finished.
+    """
+    manifest = find(Storage(model.root), model.artifact)
+    return Served(
+        config=model,
+        digests=manifest.digests,
+        fingerprint=manifest.fingerprint,
+        created=int(datetime.fromisoformat(manifest.made["at"]).timestamp()),
+    )
+
+
+def model_options(model: ModelDeployment, limits: Limits) -> dict[str, Any]:
+    """Return the options of a model's deployment."""
+    return {
+        **_shared_options(limits),
+        **_replicas(model),
+        "name": model.id,
+        "max_ongoing_requests": model.max_ongoing,
+        "max_queued_requests": model.max_queued,
+        "ray_actor_options": {"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
+    }
+
+
+def ingress_options(config: ServeConfig) -> dict[str, Any]:
+    """Return the options of the deployment that answers HTTP."""
+    return {
+        **_shared_options(config.limits),
+        "name": INGRESS,
+        "num_replicas": config.ingress_replicas,
+        "max_ongoing_requests": config.max_ingress_ongoing,
+        # Reached only when clients outrun our own refusals; Serve then answers for us.
+        "max_queued_requests": 128,
+        "backpressure_config": {"status_code": 503, "retry_after_s": 1},
+        "ray_actor_options": {"num_cpus": config.ingress_cpus, "num_gpus": 0},
+    }
+
+
+def _replicas(model: ModelDeployment) -> dict[str, Any]:
+    if model.min_replicas == model.max_replicas:
+        return {"num_replicas": model.min_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": model.min_replicas,
+            "initial_replicas": model.min_replicas,
+            "max_replicas": model.max_replicas,
+            "target_ongoing_requests": model.target_ongoing,
+            # Loading weights takes a minute or more: grow on half a minute of load, shrink late.
+            "upscale_delay_s": 30.0,
+            "downscale_delay_s": 600.0,
+        }
+    }
+
+
+def _shared_options(limits: Limits) -> dict[str, Any]:
+    return {
+        # A replica that is stopped may finish what it has begun; 10 s are for freeing the model.
+        "graceful_shutdown_timeout_s": limits.timeout_s + 10,
+        "graceful_shutdown_wait_loop_s": 1.0,
+        "health_check_period_s": 10.0,
+        "health_check_timeout_s": 30.0,
+        # A model that does not load will not load the twentieth time either.
+        "max_constructor_retry_count": 3,
+        # One in five at a time, old ones first: GPUs for a second set of replicas are rare.
+        "rolling_update_percentage": 0.2,
+        "max_surge_percent": 0,
+        # Method, route, status and seconds. Bodies are never logged, by us or by Serve.
+        "logging_config": {"enable_access_log": True, "log_level": "INFO"},
+    }

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is served, and within which limits: a YAML file, loaded strictly.
+
+Every default of Ray Serve that matters has a value here. Its own are 5 requests a replica, an
+endless queue and no deadline, each of them wrong for an engine that batches.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.config import load
+from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.images import ImageLimits
+from sg4v_ray.core.storage import check_root
+from sg4v_ray.inference.engine import Generation
+from sg4v_ray.inference.open import EngineConfig
+from sg4v_ray.model.conversation import TemplateName
+from sg4v_ray.model.geometry import Geometry
+
+INGRESS: Final = "ingress"
+"""Name of the deployment that answers HTTP; a model cannot have it."""
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_ARGUMENTS = ("config", "root", "cache")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one request may ask for. Refused before the work that it would cost."""
+
+    max_body_bytes: int = 16 * 2**20
+    """Bytes of a request body, counted as they arrive."""
+    image: ImageLimits = field(
+        default_factory=lambda: ImageLimits(max_bytes=10 * 2**20, max_pixels=40_000_000)
+    )
+    """Of each image. Smaller than in batch jobs: many requests are decoded at once."""
+    max_images: int = 1
+    """Images of a request, over all its messages. The models are trained on one."""
+    max_messages: int = 64
+    timeout_s: float = 300.0
+    """From the moment a replica takes a request to its last token."""
+    decode_threads: int = 2
+    """Requests that are parsed, decoded and tokenised at the same time in one ingress."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_images", "max_messages", "timeout_s", "decode_threads"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"limits.{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDeployment:
+    """One model: where it lies, how it is asked, and what it may use."""
+
+    id: str
+    """What clients write in `model`."""
+    artifact: Ref
+    root: str = ""
+    """Absolute path or URI below which the artifact lies; `root=...` sets it for all models."""
+    template: TemplateName
+    geometry: Geometry
+    engine: EngineConfig
+    generation: Generation
+    """How to decode where a request does not say. A seed applies to greedy decoding only:
+    sampled requests without a seed get a random one."""
+    instruction: str | None = None
+    """What is asked when a request has an image and no text; None refuses such a request."""
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing: float = 32.0
+    """Requests a replica that autoscaling aims at; not used when min and max are equal."""
+    max_ongoing: int = 80
+    """Requests in one replica; those beyond the engine's capacity wait inside it."""
+    max_queued: int = 64
+    """Requests that wait for a replica in one ingress; beyond it clients get 503."""
+    num_cpus: float = 1.0
+    """CPUs that a replica reserves."""
+    num_gpus: float = 0.0
+    """GPUs that a replica reserves: `engine.tensor_parallel` of them, or a share of one."""
+    threads: int = 1
+    """CPU threads of the engine."""
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.id) or self.id == INGRESS:
+            raise ConfigError(
+                f"model id {self.id!r} must be letters, digits, '.', '_', '-' and not {INGRESS!r}"
+            )
+        if not self.root:
+            raise ConfigError(
+                f"model {self.id!r} has no root; write it in the config or give root=/absolute/path"
+            )
+        check_root(self.root)
+        if self.template == "plain":
+            raise ConfigError(
+                f"model {self.id!r} has the template 'plain', which has no place for a question; "
+                "serve it with 'vicuna_v1' or 'llava_v1'"
+            )
+        self._check_generation()
+        self._check_replicas()
+
+    def _check_generation(self) -> None:
+        if self.generation.num_beams > 1:
+            raise ConfigError(f"model {self.id!r}: beams cannot be streamed; set num_beams to 1")
+        if self.generation.max_tokens >= self.engine.max_model_len:
+            raise ConfigError(
+                f"model {self.id!r}: generation.max_tokens {self.generation.max_tokens} leaves no "
+                f"room for a prompt in engine.max_model_len {self.engine.max_model_len}"
+            )
+
+    def _check_replicas(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ConfigError(
+                f"model {self.id!r}: replicas must satisfy 1 <= min_replicas <= max_replicas, got "
+                f"{self.min_replicas} and {self.max_replicas}"
+            )
+        if self.max_ongoing < self.engine.capacity:
+            raise ConfigError(
+                f"model {self.id!r}: max_ongoing {self.max_ongoing} is below engine.capacity "
+                f"{self.engine.capacity}, so rows of the batch would stay empty"
+            )
+        if self.max_queued < 0 or self.num_cpus < 0 or self.num_gpus < 0 or self.threads < 1:
+            raise ConfigError(
+                f"model {self.id!r}: max_queued, num_cpus and num_gpus must not be negative and "
+                "threads must be at least 1"
+            )
+        if self.engine.tensor_parallel > 1 and self.num_gpus != self.engine.tensor_parallel:
+            raise ConfigError(
+                f"model {self.id!r}: engine.tensor_parallel is {self.engine.tensor_parallel}, so "
+                f"num_gpus must be too, got {self.num_gpus:g}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """One Ray Serve application."""
+
+    models: tuple[ModelDeployment, ...]
+    limits: Limits = field(default_factory=Limits)
+    host: str = "127.0.0.1"
+    """Address that `python -m serve` listens on; loopback, because there is no key yet.
+    `serve run` and `serve deploy` take Serve's own http_options instead."""
+    port: int = 8000
+    ingress_replicas: int = 1
+    """Processes that answer HTTP, decode images and tokenise."""
+    ingress_cpus: float = 1.0
+    """CPUs that each of them reserves."""
+    cache: str = "/tmp/sg4v-models"
+    """Folder of a node's local disk for weights; not used when the root is local."""
+
+    def __post_init__(self) -> None:
+        ids = [model.id for model in self.models]
+        if not ids or len(set(ids)) < len(ids):
+            raise ConfigError(f"models must have ids, each once, got {', '.join(ids) or 'none'}")
+        if self.ingress_replicas < 1 or self.ingress_cpus < 0:
+            raise ConfigError(
+                "ingress_replicas must be at least 1 and ingress_cpus not negative, got "
+                f"{self.ingress_replicas} and {self.ingress_cpus:g}"
+            )
+
+    @property
+    def max_ingress_ongoing(self) -> int:
+        """Requests in one ingress: all that models take or queue, and some that are refused.
+
+        So it is a model's queue that runs full, and the client gets our 503, not a bare one.
+        """
+        taken = sum(one.max_replicas * one.max_ongoing + one.max_queued for one in self.models)
+        return taken + 32
+
+
+def read(args: Mapping[str, str]) -> ServeConfig:
+    """Read the config that the arguments name; `root` and `cache` replace what it says.
+
+    Raises:
+        ConfigError: an unknown argument, no such file, or a file that does not fit.
+    """
+    for name in args:
+        if name not in _ARGUMENTS:
+            raise ConfigError(f"unknown argument {name!r} (known: {', '.join(_ARGUMENTS)})")
+    file = Path(args.get("config", ""))
+    if not file.is_file():
+        raise ConfigError(f"no config file {str(file)!r}; give config=serve/config.easy-vqa.yaml")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}") from error
+    return load(ServeConfig, _override(data, args), path=file.name)
+
+
+def _override(data: Any, args: Mapping[str, str]) -> Any:
+    """Put arguments in their places; what has not the right shape is left for `load` to name."""
+    if not isinstance(data, dict):
+        return data
+    if "cache" in args:
+        data = {**data, "cache": args["cache"]}
+    if "root" in args and isinstance(data.get("models"), list):
+        models = [
+            {**one, "root": args["root"]} if isinstance(one, dict) else one
+            for one in data["models"]
+        ]
+        data = {**data, "models": models}
+    return data

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The deployment that answers HTTP and hands jobs to the models' replicas."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from serve.answer import Piece
+from serve.config import Limits
+from serve.protocol import ApiError
+from serve.replica import Served
+from serve.request import ChatModel, Job
+from serve.routes import Entry, Routes
+from sg4v_ray.core.errors import EngineError
+
+_FILES: Final = ("config.json", "tokenizer.json")
+"""What the ingress needs of a model; it never downloads weights."""
+_RETRY_AFTER_S: Final = 1
+
+
+@contextmanager
+def as_api_errors() -> Iterator[None]:
+    """Turn what a handle raises into what a client may read."""
+    try:
+        yield
+    except BackPressureError:
+        raise ApiError(
+            503, "the model's queue is full; try again", code="overloaded",
+            retry_after_s=_RETRY_AFTER_S,
+        ) from None  # fmt: skip
+    except (DeploymentUnavailableError, RayActorError, EngineError) as error:
+        raise ApiError(
+            503, "the model stopped and is started again; try again", code="unavailable",
+            retry_after_s=_RETRY_AFTER_S,
+        ) from error  # fmt: skip
+    except TimeoutError:
+        raise ApiError(
+            504, "the answer took longer than this server allows", code="timeout"
+        ) from None
+
+
+class Handles:
+    """The `Backend` that is Ray Serve."""
+
+    def __init__(self, handles: dict[str, DeploymentHandle]) -> None:
+        self._whole = {key: one.options(method_name="complete") for key, one in handles.items()}
+        self._pieces = {
+            key: one.options(method_name="stream", stream=True) for key, one in handles.items()
+        }
+
+    async def stream(self, model_id: str, job: Job) -> AsyncIterator[Piece]:
+        """Yield an answer; closing this iterator aborts it in the engine."""
+        pieces = self._pieces[model_id].remote(job)
+        try:
+            with as_api_errors():
+                async for piece in pieces:
+                    yield piece
+        finally:
+            pieces.cancel()
+
+    async def complete(self, model_id: str, job: Job) -> Piece:
+        """Return an answer whole; cancelling this aborts it in the engine."""
+        response = self._whole[model_id].remote(job)
+        try:
+            with as_api_errors():
+                piece: Piece = await response
+                return piece
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+
+@serve.ingress()
+class Ingress:
+    """Ray Serve deployment: parse, decode, tokenise, route."""
+
+    def __init__(
+        self,
+        models: tuple[Served, ...],
+        handles: dict[str, DeploymentHandle],
+        *,
+        limits: Limits,
+        cache: str,
+    ) -> None:
+        entries = {}
+        for one in models:
+            folder = one.localise(cache, *_FILES)
+            model = ChatModel.open(one.config, folder)
+            entries[one.config.id] = Entry(model, one.created, one.fingerprint)
+        self._routes = Routes(entries, Handles(handles), limits)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor."""
+        return self._routes.app()

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP routes, without Ray: bodies are read within limits, errors look like OpenAI's."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from serve import protocol
+from serve.answer import Piece
+from serve.config import Limits
+from serve.protocol import ApiError, ChatRequest
+from serve.request import ChatModel, Job, to_request
+
+_log = logging.getLogger(__name__)
+_CLIENT_CLOSED: Final = 499
+"""What nginx and Serve call a request whose client went away."""
+
+
+class Backend(Protocol):
+    """Whoever runs jobs; an ApiError that it raises goes to the client."""
+
+    def stream(self, model_id: str, job: Job) -> AsyncIterator[Piece]:
+        """Yield an answer; closing the iterator aborts it."""
+
+    async def complete(self, model_id: str, job: Job) -> Piece:
+        """Return an answer whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model of the list."""
+
+    model: ChatModel
+    created: int
+    fingerprint: str
+
+    def card(self) -> dict[str, Any]:
+        """Return what /v1/models says of it."""
+        config = self.model.config
+        return protocol.model_card(
+            config.id, created=self.created, max_model_len=config.engine.max_model_len
+        )
+
+    def head(self) -> dict[str, Any]:
+        """Return the fields that every object of one answer shares."""
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": self.model.config.id,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+class Routes:
+    """The handlers; `app` puts them behind their paths."""
+
+    def __init__(self, entries: Mapping[str, Entry], backend: Backend, limits: Limits) -> None:
+        self._entries, self._backend, self._limits = entries, backend, limits
+        self._pool = ThreadPoolExecutor(limits.decode_threads, thread_name_prefix="decode")
+
+    def app(self) -> FastAPI:
+        """Return the application. It has no documentation pages: those load foreign scripts."""
+        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        app.add_api_route("/v1/models", self.models, methods=["GET"])
+        app.add_api_route("/v1/models/{model_id}", self.model, methods=["GET"])
+        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        app.add_exception_handler(ApiError, _on_api_error)
+        app.add_exception_handler(HTTPException, _on_http_error)
+        app.add_exception_handler(ClientDisconnect, _on_disconnect)
+        app.add_exception_handler(Exception, _on_bug)
+        return app
+
+    async def models(self) -> dict[str, Any]:
+        """GET /v1/models."""
+        return {"object": "list", "data": [one.card() for one in self._entries.values()]}
+
+    async def model(self, model_id: str) -> dict[str, Any]:
+        """GET /v1/models/{id}."""
+        return self._entry(model_id).card()
+
+    async def chat(self, http: Request) -> Response:
+        """POST /v1/chat/completions."""
+        data = await read_body(http, max_bytes=self._limits.max_body_bytes)
+        loop = asyncio.get_running_loop()
+        body, entry, job = await loop.run_in_executor(self._pool, self._prepare, data)
+        if body.stream:
+            return await self._streamed(body, entry, job)
+        piece = await self._backend.complete(entry.model.config.id, job)
+        answer = protocol.completion(
+            entry.head(),
+            text=piece.text,
+            finish_reason=piece.finish_reason,
+            used=protocol.usage(job.num_prompt_tokens, piece.num_tokens),
+        )
+        return JSONResponse(answer)
+
+    def _prepare(self, data: bytes) -> tuple[ChatRequest, Entry, Job]:
+        body = protocol.parse(data)
+        entry = self._entry(body.model)
+        return body, entry, to_request(body, model=entry.model, limits=self._limits)
+
+    def _entry(self, model_id: str) -> Entry:
+        if model_id not in self._entries:
+            raise ApiError(
+                404,
+                f"no model {model_id!r} here; GET /v1/models lists what there is",
+                param="model",
+                code="model_not_found",
+            )
+        return self._entries[model_id]
+
+    async def _streamed(self, body: ChatRequest, entry: Entry, job: Job) -> Response:
+        # The first piece is awaited before the headers: a full queue is still a plain 503.
+        pieces = self._backend.stream(entry.model.config.id, job)
+        first = await anext(pieces)
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = _events(first, pieces, entry.head(), job, with_usage=with_usage)
+        return StreamingResponse(
+            events,
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        )
+
+
+async def read_body(http: Request, *, max_bytes: int) -> bytes:
+    """Read a JSON body, counting the bytes that arrive and not those that were announced.
+
+    Raises:
+        ApiError: 413, it is too large; 415, it is not declared to be JSON, which is what keeps
+            forms of foreign web pages out of a server on somebody's own machine.
+    """
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "the body must have the content type application/json")
+    too_large = ApiError(413, f"the body has more than {max_bytes} bytes", code="body_too_large")
+    announced = http.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for data in http.stream():
+        body += data
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
+
+
+async def _events(
+    first: Piece,
+    pieces: AsyncIterator[Piece],
+    head: dict[str, Any],
+    job: Job,
+    *,
+    with_usage: bool,
+) -> AsyncIterator[str]:
+    """Yield server-sent events; an error after the headers is an event and no [DONE] follows."""
+    blank = {"usage": None} if with_usage else {}
+
+    def events(piece: Piece) -> str:
+        text = ""
+        if piece.text:
+            text += protocol.event({**protocol.chunk(head, {"content": piece.text}), **blank})
+        if piece.finish_reason is not None:
+            end = protocol.chunk(head, {}, finish_reason=piece.finish_reason)
+            text += protocol.event({**end, **blank})
+        return text
+
+    async with aclosing(pieces) as opened:  # type: ignore[type-var]
+        role = protocol.chunk(head, {"role": "assistant", "content": ""})
+        last = first
+        yield protocol.event({**role, **blank}) + events(first)
+        try:
+            async for last in opened:
+                yield events(last)
+        except ApiError as error:
+            yield protocol.event(error.body())
+            return
+    if with_usage:
+        used = protocol.usage(job.num_prompt_tokens, last.num_tokens)
+        yield protocol.event({**protocol.chunk(head, {}), "choices": [], "usage": used})
+    yield protocol.DONE
+
+
+async def _on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+async def _on_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = ApiError(error.status_code, str(error.detail)).body()
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED)
+
+
+async def _on_bug(_: Request, __: Exception) -> Response:
+    """Say nothing of what went wrong; the traceback is in the log of the ingress."""
+    return JSONResponse(ApiError(500, "internal error; it was logged").body(), 500)

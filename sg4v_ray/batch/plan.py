@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of an index exactly once through an expensive step, whatever dies on the way.
+
+    index (Parquet) -> repartition -> prepare (CPU tasks) -> work (actor pool) -> Parquet
+
+The exactly-once part is Ray Data's own checkpoint: the ids of a block are noted as pending, its
+file is written, the note is renamed. On a restart pending blocks are deleted and noted ids are
+filtered out right after the read. Ray protects a plan only when it starts with a read and ends
+with a file write, and says so in a warning at best; so the plan is built here and nowhere else.
+The commit does not trust it either: it counts (`verify`).
+"""
+
+import json
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data.checkpoint import CheckpointConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from sg4v_ray.batch.tally import Tally, show_progress
+from sg4v_ray.core.errors import ArtifactCorrupt, ConfigError
+from sg4v_ray.core.rows import ROWS, read_columns
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.where import Where
+
+_log = logging.getLogger(__name__)
+
+LIGHT_CPUS = 0.25
+"""What a read, prepare or write task reserves: at 1 CPU each they would starve the engine of a
+2-CPU machine, and the plan would wait for ever."""
+_MARK = "SG4V_WRITER"
+FIRST_ATTEMPT = f"{ROWS}/attempt-0001"
+_CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flow:
+    """How rows flow through the plan. Does not change any result, so it is not identity."""
+
+    rows_per_block: int = 512
+    """Rows that are committed together: about 30 s of one actor's work. Smaller blocks lose less
+    at a kill; larger ones make fewer files."""
+    batch_size: int = 16
+    """Rows of one call of the work actor."""
+    batches_in_flight: int = 8
+    """Calls that run at once in one actor; times `batch_size` it should exceed the engine's
+    capacity, or rows of its decoding batch stay empty."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows_per_block", "batch_size", "batches_in_flight"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """The expensive step: an async actor class, one row in, one row out."""
+
+    actor: type
+    kwargs: dict[str, Any]
+    """Constructor arguments; a `tally` handle is added."""
+    prepare: Callable[[pa.Table], pa.Table]
+    """Cheap step before it, on CPU tasks."""
+    record: type
+    """The record class of the rows that come out."""
+
+
+def run(*, index: Storage, home: Storage, work: Work, flow: Flow, where: Where) -> pa.Table:
+    """Send every row of `index` through `work` once; return the rows' outcome columns.
+
+    Args:
+        index: folder of Parquet files with a unique `id` column.
+        home: the artifact's folder; rows land in `rows/attempt-0001`, and a killed run resumes
+            from what lies there.
+
+    Returns:
+        A table of `id`, `num_tokens` and `reject` of every row, checked by `verify`.
+
+    Raises:
+        ArtifactCorrupt: an id is missing or double in the output.
+        ConfigError: the cluster is too small for one engine and the light tasks beside it.
+    """
+    attempt = home.sub(FIRST_ATTEMPT)
+    checkpoint = home.sub(_CHECKPOINT)
+    _wait_for_old_writers(home)
+    wanted = read_columns(index, ["id"])["id"]
+    if _anything_left(attempt, checkpoint, wanted):
+        check_cluster(where)
+        mark = uuid.uuid4().hex
+        home.put("writer.json", json.dumps({"mark": mark}).encode())
+        done = len(wanted) - len(_missing(attempt, wanted))
+        with _protected(checkpoint), show_progress(home, done, len(wanted), where) as tally:
+            _execute(index, attempt, work, flow, where, tally, mark)
+    outcome = read_columns(attempt, ["id", "num_tokens", "reject"])
+    verify(wanted, outcome["id"], where=attempt.root)
+    return outcome
+
+
+def drop_checkpoint(home: Storage) -> None:
+    """Delete Ray's notes of finished rows. Only after the manifest: until then they are needed."""
+    home.delete(_CHECKPOINT)
+
+
+def _execute(
+    index: Storage,
+    attempt: Storage,
+    work: Work,
+    flow: Flow,
+    where: Where,
+    tally: "ray.actor.ActorHandle[Tally]",
+    mark: str,
+) -> None:
+    filesystem, path = index.arrow()
+    rows = ray.data.read_parquet(path, filesystem=filesystem, num_cpus=LIGHT_CPUS)
+    rows = rows.repartition(target_num_rows_per_block=flow.rows_per_block)
+    rows = rows.map_batches(
+        work.prepare, batch_size=flow.batch_size, batch_format="pyarrow", num_cpus=LIGHT_CPUS
+    )
+    rows = rows.map_batches(
+        work.actor,
+        fn_constructor_kwargs={**work.kwargs, "tally": tally},
+        batch_size=flow.batch_size,
+        batch_format="pyarrow",
+        num_cpus=where.engine_cpus,
+        num_gpus=where.engine_gpus,
+        max_concurrency=flow.batches_in_flight,
+        compute=ActorPoolStrategy(min_size=where.min_actors, max_size=where.max_actors),
+    )
+    _refuse_unprotected(rows)
+    filesystem, path = attempt.arrow()
+    rows.write_parquet(
+        path,
+        filesystem=filesystem,
+        ray_remote_args={"num_cpus": LIGHT_CPUS, "runtime_env": {"env_vars": {_MARK: mark}}},
+    )
+
+
+def _refuse_unprotected(rows: "ray.data.Dataset") -> None:
+    """Raise ConfigError unless the plan starts with a read, where Ray can filter finished ids."""
+    operator, names = rows._logical_plan.dag, []
+    while True:
+        names.append(type(operator).__name__)
+        if not operator.input_dependencies:
+            break
+        operator = operator.input_dependencies[0]
+    if names[-1] != "Read" and names[-2:] != ["ReadFiles", "ListFiles"]:
+        raise ConfigError(
+            f"the plan starts with {names[-1]}; only a plan that reads files is resumed exactly. "
+            "Write the index as Parquet first."
+        )
+
+
+@contextmanager
+def _protected(checkpoint: Storage) -> Iterator[None]:
+    """Set Ray's checkpoint, and quiet bars (ours counts rows), for the datasets made inside."""
+    context = DataContext.get_current()
+    filesystem, path = checkpoint.arrow()
+    before = (context.checkpoint_config, context.enable_progress_bars)
+    context.checkpoint_config = CheckpointConfig(
+        id_column="id",
+        checkpoint_path=path,
+        override_filesystem=filesystem,
+        delete_checkpoint_on_success=False,
+    )
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        context.checkpoint_config, context.enable_progress_bars = before
+
+
+def check_cluster(where: Where) -> None:
+    """Raise ConfigError if the cluster cannot run the smallest form of the plan.
+
+    Without this a plan that is too big waits for ever, without a word.
+    """
+    have = ray.cluster_resources()
+    need_cpus = where.min_actors * where.engine_cpus + 1.0
+    need_gpus = where.min_actors * where.engine_gpus
+    if have.get("CPU", 0) < need_cpus or have.get("GPU", 0) < need_gpus:
+        raise ConfigError(
+            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
+            f"{where.min_actors} engine(s) of {where.engine_cpus:g} CPUs and "
+            f"{where.engine_gpus:g} GPUs and the light tasks need {need_cpus:g} and "
+            f"{need_gpus:g}. Lower --where.engine-cpus or --where.min-actors, or add nodes."
+        )
+
+
+def _anything_left(attempt: Storage, checkpoint: Storage, wanted: pa.ChunkedArray) -> bool:
+    """Say whether rows are missing, or a block was being written when the last run died."""
+    pending = any(path.endswith(".pending.parquet") for path in checkpoint.list())
+    return pending or len(_missing(attempt, wanted)) > 0
+
+
+def _missing(attempt: Storage, wanted: pa.ChunkedArray) -> pa.ChunkedArray:
+    found = read_columns(attempt, ["id"])["id"]
+    return wanted.filter(pc.invert(pc.is_in(wanted, value_set=found)))
+
+
+def verify(wanted: pa.ChunkedArray, found: pa.ChunkedArray, *, where: str) -> None:
+    """Raise ArtifactCorrupt unless `found` holds every id of `wanted` exactly once."""
+    counts = pc.value_counts(found)
+    double = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    missing = wanted.filter(pc.invert(pc.is_in(wanted, value_set=found)))
+    foreign = found.filter(pc.invert(pc.is_in(found, value_set=wanted)))
+    problems = [
+        f"{len(ids)} ids {what}, e.g. {', '.join(map(str, ids[:3].to_pylist()))}"
+        for what, ids in (("missing", missing), ("double", double), ("not in the index", foreign))
+        if len(ids)
+    ]
+    if problems:
+        raise ArtifactCorrupt(f"{where}: {'; '.join(problems)}. Nothing was committed.")
+
+
+def _wait_for_old_writers(home: Storage) -> None:
+    """Wait until no write task of an earlier run is alive on any node of this cluster.
+
+    A killed driver's tasks live a moment longer than it does. One that finished its block after
+    we had read the notes would leave every row of that block twice.
+    """
+    if not home.exists("writer.json"):
+        return
+    mark = json.loads(home.get("writer.json"))["mark"]
+    pause = threading.Event()
+    while any(ray.get([_alive_on(node, mark) for node in ray.nodes() if node["Alive"]])):
+        _log.info("waiting for write tasks of the previous run to end")
+        pause.wait(0.5)
+
+
+def _alive_on(node: dict[str, Any], mark: str) -> "ray.ObjectRef[bool]":
+    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return _marked_process.options(scheduling_strategy=strategy).remote(mark)
+
+
+@ray.remote(num_cpus=0)
+def _marked_process(mark: str) -> bool:
+    """Say whether a process of this machine carries the mark in its environment."""
+    wanted = f"{_MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        if wanted in environment:
+            return True
+    return False

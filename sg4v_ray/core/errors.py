@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that sg4v_ray raises on purpose.
+
+    Sg4vError
+      ConfigError           a recipe or an argument is wrong; raised before any work
+      ContractError         data is not what the previous stage promised
+        TemplateError       a conversation cannot be rendered or masked exactly
+        ImageTokenMismatch  placeholders and images of a request differ in number
+        WeightsError        missing, extra or misshapen keys in a checkpoint
+      ArtifactError
+        ArtifactMissing     name@version was never committed
+        ArtifactDrift       it was, but from another config
+        ArtifactCorrupt     the counts in the data disagree with the index
+      LeaseError
+        LeaseHeld           another driver is writing this artifact
+        LeaseLost           another driver took over; this one must not commit
+      StorageError          a path is missing, exists already, or cannot be reached
+      TeacherError
+        TeacherBusy         retry: rate limit, timeout, connection, 5xx
+        TeacherUnusable     do not retry: bad key, unknown model, wrong URL
+      EngineError           the engine stopped or refused a request
+      TooManyRejects        a job spent its reject budget
+
+A bad image or a bad caption is not an error. It is a row with a `reject` reason.
+"""
+
+
+class Sg4vError(Exception):
+    """Root of the tree; the command line prints its text without a traceback."""
+
+
+class ConfigError(Sg4vError):
+    """A recipe or an argument is wrong; raised before any work."""
+
+
+class ContractError(Sg4vError):
+    """Data is not what the previous stage promised."""
+
+
+class TemplateError(ContractError):
+    """A conversation cannot be rendered, or its labels cannot be placed exactly."""
+
+
+class ImageTokenMismatch(ContractError):
+    """A request has another number of image placeholders than images."""
+
+
+class WeightsError(ContractError):
+    """A checkpoint has missing, extra or misshapen keys."""
+
+
+class ArtifactError(Sg4vError):
+    """Something is wrong with `name@version`."""
+
+
+class ArtifactMissing(ArtifactError):
+    """`name@version` was never committed."""
+
+
+class ArtifactDrift(ArtifactError):
+    """`name@version` was made from another config."""
+
+
+class ArtifactCorrupt(ArtifactError):
+    """The rows of an artifact disagree with its index."""
+
+
+class LeaseError(Sg4vError):
+    """Two drivers want to write one artifact."""
+
+
+class LeaseHeld(LeaseError):
+    """Another driver is writing this artifact and is alive."""
+
+
+class LeaseLost(LeaseError):
+    """Another driver took over while this one was silent."""
+
+
+class StorageError(Sg4vError):
+    """A path is missing, exists already, or cannot be reached."""
+
+
+class TeacherError(Sg4vError):
+    """The teacher did not answer with a caption."""
+
+
+class TeacherBusy(TeacherError):
+    """Worth a retry: rate limit, timeout, dropped connection or a 5xx."""
+
+
+class TeacherUnusable(TeacherError):
+    """Not worth a retry: wrong key, unknown model, wrong URL."""
+
+
+class EngineError(Sg4vError):
+    """The engine stopped, or refused a request."""
+
+
+class TooManyRejects(Sg4vError):
+    """A job spent its reject budget."""

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open an untrusted image: limits before work, upright RGB out, or the reason why not.
+
+The order matters: byte limit, magic bytes, header, pixel limit, and only then the decoder.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from sg4v_ray.core.rejects import Reject
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What we decode. Of a GIF the first frame. Anything else is `format_not_allowed`."""
+
+_MAGIC: tuple[tuple[bytes, str], ...] = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"8BPS", "PSD"),
+    (b"\x00\x00\x01\x00", "ICO"),
+    (b"%PDF", "PDF"),
+    (b"%!PS", "EPS"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x0a", "JPEG XL"),
+)
+_END: dict[str, bytes] = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
+# What Pillow's decoders raise on hostile or damaged input (its plugins, 9.0 to 13.0).
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLimits:
+    """What is refused before any decoding."""
+
+    max_bytes: int = 32 * 2**20
+    """Encoded size. The largest SA-1B JPEG is below 2 MB."""
+    max_pixels: int = 50_000_000
+    """Width times height; 150 MB once decoded to RGB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Why there is no image."""
+
+    reason: Reject
+    detail: str
+
+
+def sniff(data: bytes) -> str | None:
+    """Name the format of encoded bytes by their first bytes, or None if they are no image."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"heic", b"heix", b"mif1"):
+        return "AVIF" if data[8:11] == b"avi" else "HEIF"
+    for magic, name in _MAGIC:
+        if data.startswith(magic):
+            return name
+    return None
+
+
+def open_image(data: bytes, limits: ImageLimits) -> Image.Image | Rejected:
+    """Decode untrusted bytes to an upright RGB image.
+
+    EXIF orientation is applied, CMYK and palettes are converted, 16-bit grey is scaled to 8 bits
+    (not clipped), transparency is laid over white.
+    """
+    if not data:
+        return Rejected(Reject.EMPTY_FILE, "0 bytes")
+    if len(data) > limits.max_bytes:
+        return Rejected(Reject.TOO_MANY_BYTES, f"{len(data)} bytes, limit {limits.max_bytes}")
+    name = sniff(data)
+    if name is None:
+        return Rejected(Reject.NOT_AN_IMAGE, f"starts with {data[:8]!r}")
+    if name not in FORMATS:
+        return Rejected(Reject.FORMAT_NOT_ALLOWED, f"{name}; allowed: {', '.join(FORMATS)}")
+    return _decode(data, name, limits)
+
+
+def _decode(data: bytes, name: str, limits: ImageLimits) -> Image.Image | Rejected:
+    if name == "PNG" and len(data) >= 24:  # Pillow wants pixel data before it tells the size
+        width, height = struct.unpack(">II", data[16:24])
+        if (refused := _too_large(width, height, limits)) is not None:
+            return refused
+    try:
+        with Image.open(BytesIO(data), formats=[name]) as image:
+            if (refused := _too_large(*image.size, limits)) is not None:
+                return refused
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        return Rejected(Reject.TOO_MANY_PIXELS, str(error))
+    except _DECODE_ERRORS as error:
+        reason = Reject.TRUNCATED if _is_cut(data, name) else Reject.CORRUPT
+        return Rejected(reason, f"{name}: {error}")
+
+
+def _too_large(width: int, height: int, limits: ImageLimits) -> Rejected | None:
+    if width * height <= limits.max_pixels:
+        return None
+    detail = f"{width} x {height} pixels, limit {limits.max_pixels}"
+    return Rejected(Reject.TOO_MANY_PIXELS, detail)
+
+
+def _is_cut(data: bytes, name: str) -> bool:
+    """Say whether the end marker of a format is missing; some writers pad after it."""
+    if name == "WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if name == "BMP":
+        return int.from_bytes(data[2:6], "little") > len(data)
+    return _END[name] not in data[-64:]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        grey = np.asarray(image, dtype=np.float64)
+        return Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        return Image.alpha_composite(white, layered).convert("RGB")
+    return image.convert("RGB")

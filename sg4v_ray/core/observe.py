@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metric names with their units, in one table, and the logging set-up of entry points."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One Prometheus metric. Ray puts `ray_` in front of the name when it exports it."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    description: str
+    labels: tuple[str, ...] = ()
+
+
+ROWS = Metric("sg4v_rows", "counter", "rows finished, rejected ones included", ("artifact",))
+ROWS_REJECTED = Metric("sg4v_rows_rejected", "counter", "rows rejected", ("artifact", "reason"))
+TOKENS = Metric("sg4v_generated_tokens", "counter", "tokens generated", ("artifact",))
+TRAIN_LOSS = Metric("sg4v_train_loss", "gauge", "mean loss per labelled token", ("artifact",))
+TRAIN_STEP = Metric("sg4v_train_step", "gauge", "optimizer steps done", ("artifact",))
+TRAIN_SAMPLES_PER_S = Metric("sg4v_train_samples_per_s", "gauge", "samples a second", ("artifact",))
+
+METRICS = (ROWS, ROWS_REJECTED, TOKENS, TRAIN_LOSS, TRAIN_STEP, TRAIN_SAMPLES_PER_S)
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Send our own log lines to stderr. For entry points only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("sg4v_ray")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a row has no caption, and how many such rows a job accepts."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sg4v_ray.core.errors import ConfigError, TooManyRejects
+
+
+class Reject(StrEnum):
+    """The reasons that are stored in rows. The value is what users see and filter by."""
+
+    # the bytes
+    MISSING = "missing"
+    EMPTY_FILE = "empty_file"
+    TOO_MANY_BYTES = "too_many_bytes"
+    # the image
+    NOT_AN_IMAGE = "not_an_image"
+    FORMAT_NOT_ALLOWED = "format_not_allowed"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    # the answer
+    EMPTY_TEXT = "empty_text"
+    CUT_OFF = "cut_off"
+    REFUSED = "refused"
+    CONTENT_FILTER = "content_filter"
+    BAD_REQUEST = "bad_request"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RejectBudget:
+    """How many rejected rows a job accepts before it fails."""
+
+    max_reject_rate: float = 0.02
+    """Share of all rows, 0 to 1. Ours: COCO, LCS and SAM have far fewer broken files."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_reject_rate <= 1:
+            raise ConfigError(
+                f"max_reject_rate must be between 0 and 1, got {self.max_reject_rate}"
+            )
+
+    def check(self, *, rejected: int, total: int) -> None:
+        """Raise TooManyRejects when more than the allowed share was rejected."""
+        if total and rejected / total > self.max_reject_rate:
+            raise TooManyRejects(
+                f"{rejected} of {total} rows were rejected ({rejected / total:.1%}), the budget "
+                f"is {self.max_reject_rate:.1%}. Look at the reasons in the rows; raise "
+                "max_reject_rate if they are acceptable. The rows are kept."
+            )

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door to bytes: a root URI, opened for small objects (obstore) and for Ray (pyarrow).
+
+`create` is conditional on every backend (link on POSIX, If-None-Match on S3, GCS and Azure): it
+is what leases and manifests stand on.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import obstore
+import pyarrow.fs
+from obstore.exceptions import AlreadyExistsError, NotFoundError
+from obstore.store import LocalStore, from_url
+
+from sg4v_ray.core.errors import ConfigError, StorageError
+
+_SCHEMES = ("file", "s3", "gs", "az", "abfs", "abfss", "memory")
+
+
+def is_local(uri: str) -> bool:
+    """Say whether a URI names a file of this machine (an absolute path or file://)."""
+    return uri.startswith(("/", "file://"))
+
+
+def local_path(uri: str) -> Path:
+    """Return the path of a local URI."""
+    return Path(uri.removeprefix("file://"))
+
+
+def check_root(root: str) -> str:
+    """Return `root` without a trailing slash.
+
+    Raises:
+        ConfigError: it is relative, or its scheme is not one we can write to.
+    """
+    scheme, colon, _ = root.partition("://")
+    if colon and scheme not in _SCHEMES:
+        raise ConfigError(
+            f"root {root!r} has the scheme {scheme!r}; use an absolute path or one of "
+            + ", ".join(f"{one}://" for one in _SCHEMES[1:6])
+        )
+    if not colon and not root.startswith("/"):
+        raise ConfigError(
+            f"root {root!r} is relative; write an absolute path such as "
+            f"{Path(root).absolute()} or a URI such as s3://bucket/{Path(root).name}"
+        )
+    return root.rstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A folder of a file system or a prefix of a bucket.
+
+    Credentials and endpoints come from the environment, as each cloud's own tools read them.
+    """
+
+    root: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", check_root(self.root))
+
+    def open(self) -> Any:
+        """Return the obstore store of this root."""
+        if is_local(self.root):
+            return LocalStore(local_path(self.root), mkdir=True, automatic_cleanup=False)
+        return from_url(self.root)
+
+    def sub(self, path: str) -> "Storage":
+        """Return the storage of a folder below this one."""
+        return Storage(f"{self.root}/{path}")
+
+    def uri(self, path: str) -> str:
+        """Return the absolute URI of a path below this root."""
+        return f"{self.root}/{path}"
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write an object whole, replacing it atomically when it exists."""
+        obstore.put(self.open(), path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object only if it does not exist; say whether this call made it."""
+        try:
+            obstore.put(self.open(), path, data, mode="create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def get(self, path: str) -> bytes:
+        """Read an object whole.
+
+        Raises:
+            StorageError: there is no such object.
+        """
+        try:
+            return bytes(obstore.get(self.open(), path).bytes())
+        except (NotFoundError, FileNotFoundError) as error:
+            raise StorageError(f"no such object: {self.uri(path)}") from error
+
+    def exists(self, path: str) -> bool:
+        """Say whether an object exists."""
+        try:
+            obstore.head(self.open(), path)
+        except (NotFoundError, FileNotFoundError):
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Yield the paths of all objects below a prefix, relative to this root, in order."""
+        found = [
+            cast(str, one["path"])
+            for batch in obstore.list(self.open(), prefix or None)
+            for one in batch
+        ]
+        yield from sorted(found)
+
+    def delete(self, prefix: str) -> None:
+        """Delete an object, or all objects below a prefix."""
+        if is_local(self.root):
+            path = local_path(self.root) / prefix
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            return
+        store = self.open()
+        for path in self.list(prefix):
+            obstore.delete(store, path)
+
+    def arrow(self, path: str = "") -> tuple[pyarrow.fs.FileSystem, str]:
+        """Return the pyarrow file system and path of the same place, for Ray and Parquet."""
+        uri = self.uri(path).rstrip("/")
+        if is_local(self.root):
+            return pyarrow.fs.LocalFileSystem(), str(local_path(uri))
+        filesystem, inside = pyarrow.fs.FileSystem.from_uri(uri)
+        return filesystem, inside
+
+    def upload(self, folder: Path, path: str) -> dict[str, str]:
+        """Copy a local folder to `path`; return sha256 hex digests by relative file name."""
+        digests = {}
+        for file in sorted(one for one in folder.rglob("*") if one.is_file()):
+            name = file.relative_to(folder).as_posix()
+            digests[name] = sha256_of(file)
+            obstore.put(self.open(), f"{path}/{name}", file)
+        return digests
+
+    def localise(self, path: str, *, cache: Path, digests: dict[str, str]) -> Path:
+        """Bring a folder of files to this node once and check every checksum.
+
+        A local root is used where it lies. Several processes may call this at once: each fills
+        its own temporary folder and the first rename wins.
+
+        Raises:
+            StorageError: a file is missing or its bytes are not those that were committed.
+        """
+        if is_local(self.root):
+            folder = local_path(self.uri(path))
+            _check_digests(folder, digests)
+            return folder
+        key = hashlib.sha256(repr((self.uri(path), sorted(digests.items()))).encode()).hexdigest()
+        target = cache / key[:32]
+        if not target.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(dir=cache))
+            for name in digests:
+                self._download(f"{path}/{name}", staging / name)
+            _check_digests(staging, digests)
+            try:
+                os.rename(staging, target)
+            except OSError:  # another process on this node won the race
+                shutil.rmtree(staging)
+        return target
+
+    def _download(self, path: str, to: Path) -> None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            stream = obstore.get(self.open(), path).stream()
+        except (NotFoundError, FileNotFoundError) as error:
+            raise StorageError(f"no such object: {self.uri(path)}") from error
+        with to.open("wb") as file:
+            for chunk in stream:
+                file.write(chunk)
+
+
+def sha256_of(file: Path) -> str:
+    """Return the sha256 hex digest of a file, read in pieces."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _check_digests(folder: Path, digests: dict[str, str]) -> None:
+    for name, digest in digests.items():
+        file = folder / name
+        if not file.is_file():
+            raise StorageError(f"{file} is missing; the artifact's manifest lists it")
+        if sha256_of(file) != digest:
+            raise StorageError(f"{file} was changed after it was committed; restore or rebuild it")

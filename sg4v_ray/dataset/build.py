@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build training data: captions and questions in, conversations out, nothing dropped unnamed.
+
+captions@v, teacher-captions@v, questions@v -> parts -> dataset@v (one Arrow file and a card)
+
+Rejected captions stay in their own artifact; here they are counted by reason and left out.
+"""
+
+import hashlib
+import random
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
+from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.lease import hold
+from sg4v_ray.core.records import CaptionRow, Question, Sample, Turn, schema, to_table
+from sg4v_ray.core.rows import read_rows
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.where import Where
+from sg4v_ray.dataset.card import card
+from sg4v_ray.model.instructions import training_question
+
+SAMPLES = "samples.arrow"
+CARD = "README.md"
+_ROWS_PER_BATCH = 10_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionsPart:
+    """Captions as conversations: a short question and the caption."""
+
+    captions: Ref
+    only_words: tuple[str, ...] = ()
+    """Shrink each caption to the first of these words that it holds; empty keeps it whole. For
+    the ablation that pretrains on one-word captions of the same images."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionsPart:
+    """Questions as conversations: all questions about an image in one, in seeded order."""
+
+    questions: Ref
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildConfig:
+    """What a dataset is made of."""
+
+    parts: tuple[CaptionsPart | QuestionsPart, ...]
+    seed: int
+    """Draws the question of each caption and the order of each image's questions."""
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ConfigError("a dataset needs at least one part; name captions or questions")
+
+
+def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
+    """Write the dataset `out`; open it if it is finished.
+
+    Raises:
+        ArtifactMissing: a part is not finished.
+        ContractError: two parts give samples of one id, or nothing is left.
+    """
+    storage = where.storage
+    refs = [_ref(part) for part in config.parts]
+    inputs = {str(ref): find(storage, ref).fingerprint for ref in refs}
+    if is_finished(storage, out, config=config, inputs=inputs):
+        return find(storage, out)
+    home = begin(storage, out, config, inputs=inputs)
+    counts: Counter[str] = Counter()
+    with hold(home) as lease, tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder) / SAMPLES, _samples(storage, config, counts))
+        if not counts["samples"]:
+            raise ContractError(f"{out} would be empty: every row of {refs} was rejected")
+        (Path(folder) / CARD).write_text(card(str(out), inputs, counts))
+        digests = home.upload(Path(folder), ".")
+        return commit(
+            storage,
+            out,
+            config=config,
+            inputs=inputs,
+            counts=dict(sorted(counts.items())),
+            digests=digests,
+            lease=lease,
+        )
+
+
+def _ref(part: CaptionsPart | QuestionsPart) -> Ref:
+    return part.captions if isinstance(part, CaptionsPart) else part.questions
+
+
+def _write(file: Path, samples: Iterator[Sample]) -> None:
+    ids: set[str] = set()
+    with pa.ipc.new_file(str(file), schema(Sample)) as writer:
+        batch: list[Sample] = []
+        for sample in samples:
+            if sample.id in ids:
+                raise ContractError(f"two parts of the dataset have a sample {sample.id!r}")
+            ids.add(sample.id)
+            batch.append(sample)
+            if len(batch) == _ROWS_PER_BATCH:
+                writer.write_table(to_table(Sample, batch))
+                batch = []
+        writer.write_table(to_table(Sample, batch))
+
+
+def _samples(storage: Storage, config: BuildConfig, counts: Counter[str]) -> Iterator[Sample]:
+    for part in config.parts:
+        made = (
+            _from_captions(storage, part, config.seed, counts)
+            if isinstance(part, CaptionsPart)
+            else _from_questions(storage, part, config.seed)
+        )
+        for sample in made:
+            counts["samples"] += 1
+            counts[f"samples_{sample.source}"] += 1
+            counts["turns"] += len(sample.turns)
+            yield sample
+
+
+def _from_captions(
+    storage: Storage, part: CaptionsPart, seed: int, counts: Counter[str]
+) -> Iterator[Sample]:
+    for row in read_rows(storage, part.captions, CaptionRow):
+        if row.text is None:
+            counts[f"left_out_{row.reject}"] += 1
+            continue
+        text = shrink(row.text, part.only_words) if part.only_words else row.text
+        if text is None:
+            counts["left_out_without_word"] += 1
+            continue
+        question = training_question(row.id, seed)
+        turns = (Turn(role="user", text=question), Turn(role="assistant", text=text))
+        yield Sample(id=row.id, source=row.source, uri=row.uri, turns=turns)
+
+
+def shrink(text: str, words: tuple[str, ...]) -> str | None:
+    """Return the first of `words` that a text holds, or None."""
+    pattern = "|".join(re.escape(word) for word in words)
+    found = re.search(rf"\b({pattern})\b", text.lower())
+    return found.group(1) if found else None
+
+
+def _from_questions(storage: Storage, part: QuestionsPart, seed: int) -> Iterator[Sample]:
+    by_image: dict[str, list[Question]] = {}
+    for row in read_rows(storage, part.questions, Question):
+        by_image.setdefault(row.image_id, []).append(row)
+    for image_id, questions in sorted(by_image.items()):
+        digest = hashlib.sha256(f"{seed}/{image_id}".encode()).digest()
+        random.Random(digest).shuffle(questions)
+        turns = tuple(
+            turn
+            for one in questions
+            for turn in (
+                Turn(role="user", text=one.text),
+                Turn(role="assistant", text=one.answers[0]),
+            )
+        )
+        yield Sample(id=image_id, source="questions", uri=questions[0].uri, turns=turns)

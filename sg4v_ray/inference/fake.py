@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FakeEngine: an engine without weights, for tests of everything that drives an engine.
+
+It batches, streams, waits and aborts like the real ones. What it says depends on nothing but the
+prompt's tokens, the pixels and the generation settings, and reads as words of the tokenizer.
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+import re
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from sg4v_ray.core.errors import EngineError
+from sg4v_ray.inference.engine import Delta, EngineStats, Request
+from sg4v_ray.inference.open import EngineConfig
+from sg4v_ray.inference.prompt import PromptRules, refuse_beams
+
+MIN_TOKENS: Final = 8
+MAX_TOKENS: Final = 64
+"""A fake answer has between these many tokens, then an end token."""
+
+_WORD = re.compile("[\u0120\u2581]?[A-Za-z]+")  # either sign stands for a space before a word
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """One request: the tokens still to come, and where its deltas go."""
+
+    tokens: deque[int]
+    ends: bool
+    deltas: asyncio.Queue[Delta | EngineError] = field(default_factory=asyncio.Queue)
+
+    def step(self) -> bool:
+        """Deliver one token; say whether it was the last."""
+        token = self.tokens.popleft()
+        last = not self.tokens
+        reason = ("stop" if self.ends else "length") if last else None
+        self.deltas.put_nowait(Delta((token,), reason))  # type: ignore[arg-type]
+        return last
+
+
+class FakeEngine:
+    """An engine whose tokens come from a hash, one a row every `latency_s`."""
+
+    def __init__(self, config: EngineConfig, model: Path) -> None:
+        self.capacity = config.capacity
+        self._config = config
+        self._model = model
+        self._running: list[_Row] = []
+        self._waiting: deque[_Row] = deque()
+        self._steps = 0
+        self._wake = asyncio.Event()
+        self._stepping: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read the model folder's config.json and, if it is there, tokenizer.json."""
+        if self._stepping is not None:
+            return
+        self._rules = PromptRules.read(self._model, max_model_len=self._config.max_model_len)
+        self._words = _printable(self._model, self._rules)
+        self._stepping = asyncio.create_task(self._decode())
+
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Yield one token a decode step; see `Engine.generate`."""
+        if self._stepping is None:
+            raise EngineError("the engine is not running; call start() first")
+        refuse_beams(request, kind="fake")
+        row = self._answer(request, limit=self._rules.check(request))
+        self._waiting.append(row)
+        self._wake.set()
+        try:
+            while True:
+                delta = await row.deltas.get()
+                if isinstance(delta, EngineError):
+                    raise delta
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            for rows in (self._running, self._waiting):
+                with suppress(ValueError):
+                    rows.remove(row)
+
+    def stats(self) -> EngineStats:
+        """Return what the engine does now."""
+        return EngineStats(len(self._running), len(self._waiting), self._steps)
+
+    async def close(self) -> None:
+        """Abort what runs; a closed engine may be started again."""
+        if self._stepping is None:
+            return
+        self._stepping.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._stepping
+        self._stepping = None
+        for row in (*self._running, *self._waiting):
+            row.deltas.put_nowait(EngineError("the engine was closed while the request ran"))
+        self._running.clear()
+        self._waiting.clear()
+
+    async def _decode(self) -> None:
+        while True:
+            while self._waiting and len(self._running) < self.capacity:
+                self._running.append(self._waiting.popleft())
+            if not self._running:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            await asyncio.sleep(self._config.latency_s)  # stands for a forward pass
+            self._steps += 1
+            self._running = [row for row in self._running if not row.step()]
+
+    def _answer(self, request: Request, *, limit: int) -> _Row:
+        how = request.generation
+        digest = hashlib.sha256(repr(request.token_ids).encode())
+        for image in request.images:
+            digest.update(image.tobytes())
+        sampling = (how.temperature, how.top_p, how.seed) if how.temperature else ()
+        digest.update(repr((sampling, how.repetition_penalty)).encode())
+        rng = random.Random(digest.digest())
+        length = rng.randint(MIN_TOKENS, MAX_TOKENS)
+        tokens = [*rng.choices(self._words, k=length), self._rules.eos_token]
+        return _Row(deque(tokens[:limit]), ends=len(tokens) <= limit)
+
+
+def _printable(model: Path, rules: PromptRules) -> list[int]:
+    """Return the ids to speak with: whole words, or without a tokenizer any plain id."""
+    file = model / "tokenizer.json"
+    if file.is_file():
+        tokenizer = json.loads(file.read_text())
+        special = {one["id"] for one in tokenizer.get("added_tokens", ())}
+        words = [
+            index
+            for word, index in tokenizer["model"]["vocab"].items()
+            if index not in special and _WORD.fullmatch(word)
+        ]
+        if words:
+            return sorted(words)
+    # Below these lie unknown, begin and end, by Llama's custom.
+    return [
+        one
+        for one in range(3, rules.vocab_size)
+        if one not in (rules.image_token, rules.pad_token, rules.eos_token)
+    ]

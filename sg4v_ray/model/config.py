@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of a model: one architecture from the laptop's nano to 13B, only the numbers differ.
+
+The architecture is `transformers.LlavaForConditionalGeneration`: a CLIP vision tower, a projector
+of two linear layers and a Llama language model.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from sg4v_ray.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
+
+BOS_TOKEN_ID: Final = 1
+EOS_TOKEN_ID: Final = 2
+"""Llama's ids, which every tokenizer of ours keeps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Every number that decides the shapes of a model."""
+
+    name: str
+    image_size: int
+    """Pixels of a side of the square that the vision tower sees."""
+    patch_size: int
+    vision_width: int
+    vision_mlp: int
+    vision_layers: int
+    vision_heads: int
+    text_width: int
+    text_mlp: int
+    text_layers: int
+    text_heads: int
+    text_kv_heads: int
+    vocab_size: int
+    """Rows of the embedding and of the head; the tokenizer may have fewer tokens."""
+    max_positions: int
+    """The longest sequence, image tokens included."""
+    image_token_id: int
+    pad_token_id: int
+    feature_layer: int = -2
+    """Which hidden state of the vision tower is projected: -1 is the last block's."""
+
+    def __post_init__(self) -> None:
+        for what, whole, part in (
+            ("image_size by patch_size", self.image_size, self.patch_size),
+            ("vision_width by vision_heads", self.vision_width, self.vision_heads),
+            ("text_width by text_heads", self.text_width, self.text_heads),
+            ("text_heads by text_kv_heads", self.text_heads, self.text_kv_heads),
+        ):
+            if part < 1 or whole < 1 or whole % part:
+                raise ConfigError(f"{self.name}: cannot divide {what}: {whole} / {part}")
+        if not -self.vision_layers <= self.feature_layer <= -1:
+            raise ConfigError(
+                f"{self.name}: feature_layer must be between -{self.vision_layers} and -1, "
+                f"got {self.feature_layer}"
+            )
+        for field in ("image_token_id", "pad_token_id"):
+            if not EOS_TOKEN_ID < getattr(self, field) < self.vocab_size:
+                raise ConfigError(
+                    f"{self.name}: {field} must be above {EOS_TOKEN_ID} and below vocab_size "
+                    f"{self.vocab_size}, got {getattr(self, field)}"
+                )
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that one image takes in the language model."""
+        return int((self.image_size // self.patch_size) ** 2)
+
+    @property
+    def used_vision_layers(self) -> int:
+        """Vision blocks whose output reaches the language model; later ones are dead weight."""
+        return self.vision_layers + 1 + self.feature_layer
+
+
+def nano(vocab_size: int = 512) -> ModelConfig:
+    """Return a model that learns easy-VQA on two CPU cores in minutes."""
+    return ModelConfig(
+        name="nano",
+        image_size=64,
+        patch_size=8,
+        vision_width=128,
+        vision_mlp=512,
+        vision_layers=5,
+        vision_heads=4,
+        text_width=192,
+        text_mlp=512,
+        text_layers=4,
+        text_heads=6,
+        text_kv_heads=6,
+        vocab_size=vocab_size,
+        max_positions=1024,
+        image_token_id=4,
+        pad_token_id=3,
+    )
+
+
+def llava_7b() -> ModelConfig:
+    """Return CLIP ViT-L/14 at 336 pixels with Vicuna-7B, as ShareGPT4V-7B and LLaVA-1.5-7B.
+
+    Source: the published llava-hf/llava-1.5-7b-hf, whose vocabulary is padded from 32,000 (plus
+    `<image>` and `<pad>`) to 32,064.
+    """
+    return ModelConfig(
+        name="llava-7b",
+        image_size=336,
+        patch_size=14,
+        vision_width=1024,
+        vision_mlp=4096,
+        vision_layers=24,
+        vision_heads=16,
+        text_width=4096,
+        text_mlp=11008,
+        text_layers=32,
+        text_heads=32,
+        text_kv_heads=32,
+        vocab_size=32_064,
+        max_positions=4096,
+        image_token_id=32_000,
+        pad_token_id=32_001,
+    )
+
+
+def llava_13b() -> ModelConfig:
+    """Return the same vision tower with Vicuna-13B, as ShareGPT4V-13B and LLaVA-1.5-13B."""
+    return ModelConfig(
+        name="llava-13b",
+        image_size=336,
+        patch_size=14,
+        vision_width=1024,
+        vision_mlp=4096,
+        vision_layers=24,
+        vision_heads=16,
+        text_width=5120,
+        text_mlp=13_824,
+        text_layers=40,
+        text_heads=40,
+        text_kv_heads=40,
+        vocab_size=32_064,
+        max_positions=4096,
+        image_token_id=32_000,
+        pad_token_id=32_001,
+    )
+
+
+def to_transformers(config: ModelConfig) -> "LlavaConfig":
+    """Return the same shape as transformers spells it."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=config.vision_width,
+        intermediate_size=config.vision_mlp,
+        num_hidden_layers=config.vision_layers,
+        num_attention_heads=config.vision_heads,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        projection_dim=config.vision_width * 3 // 4,  # unused by LLaVA; 768 as CLIP ViT-L says
+        hidden_act="quick_gelu",
+    )
+    text = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.text_width,
+        intermediate_size=config.text_mlp,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.text_heads,
+        num_key_value_heads=config.text_kv_heads,
+        max_position_embeddings=config.max_positions,
+        rms_norm_eps=1e-5,  # Llama-2's; transformers' default is that of the first Llama
+        bos_token_id=BOS_TOKEN_ID,
+        eos_token_id=EOS_TOKEN_ID,
+        pad_token_id=config.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=config.image_token_id,
+        image_seq_length=config.num_image_tokens,
+        projector_hidden_act="gelu",
+        vision_feature_layer=config.feature_layer,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files beside the weights: tokenizer, chat template and image processor; and normalisation.
+
+`save_processor` writes what AutoProcessor and vLLM load. `PixelMaker` is the same normalisation for
+training and HFEngine, equal to the bit to what the saved processor makes inside vLLM.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    LlavaImageProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.model.config import BOS_TOKEN_ID, EOS_TOKEN_ID, ModelConfig
+from sg4v_ray.model.geometry import CLIP_MEAN, CLIP_STD, Geometry
+
+
+def save_processor(
+    folder: Path,
+    *,
+    config: ModelConfig,
+    tokenizer_file: Path,
+    chat_template: str,
+    geometry: Geometry,
+) -> None:
+    """Write tokenizer and processor beside the weights, so that the folder is complete.
+
+    Args:
+        folder: made if absent.
+        config: what the model's config.json says.
+        tokenizer_file: a `tokenizer.json` with `<s>`, `</s>`, `<pad>` and `<image>`.
+        chat_template: Jinja, from `model.conversation.chat_template`.
+        geometry: what strangers' tools shall do to an image; ours did it before.
+
+    Raises:
+        ConfigError: the tokenizer's ids are not those of `config`, or it has too many tokens.
+    """
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_file),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=config.max_positions,
+        clean_up_tokenization_spaces=False,
+    )
+    _check_ids(tokenizer, config)
+    size = config.image_size
+    image_processor = LlavaImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
+        do_pad=geometry == "pad",
+    )
+    LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.patch_size,
+        vision_feature_select_strategy="default",
+        chat_template=chat_template,
+        num_additional_image_tokens=1,  # the class token, which "default" then drops
+    ).save_pretrained(folder)
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> None:
+    wanted = {
+        "<s>": BOS_TOKEN_ID,
+        "</s>": EOS_TOKEN_ID,
+        "<pad>": config.pad_token_id,
+        "<image>": config.image_token_id,
+    }
+    vocab = tokenizer.get_vocab()
+    for token, expected in wanted.items():
+        if vocab.get(token) != expected:
+            raise ConfigError(
+                f"the tokenizer has {token} at {vocab.get(token)}, the model {config.name} at "
+                f"{expected}; change the model's config or train the tokenizer again"
+            )
+    if max(vocab.values()) >= config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has ids up to {max(vocab.values())}, but {config.name} has a "
+            f"vocabulary of {config.vocab_size}; raise vocab_size"
+        )
+
+
+class PixelMaker:
+    """uint8 squares -> what the vision tower takes; made by `open`."""
+
+    def __init__(self, *, size: int, mean: Tensor, std: Tensor) -> None:
+        self.size = size
+        self._mean = mean
+        self._std = std
+
+    @classmethod
+    def open(cls, folder: Path) -> "PixelMaker":
+        """Read the image processor of a model folder."""
+        saved = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        scale = 1.0 / saved.rescale_factor
+        return cls(
+            size=saved.crop_size["height"],
+            mean=(torch.tensor(saved.image_mean) * scale).view(3, 1, 1),
+            std=(torch.tensor(saved.image_std) * scale).view(3, 1, 1),
+        )
+
+    def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        """Return (N, 3, S, S) float32.
+
+        Args:
+            images: N times (S, S, 3), from `model.geometry.as_model_sees`.
+
+        Raises:
+            ContractError: an image has another shape.
+        """
+        shape = (self.size, self.size, 3)
+        for image in images:
+            if image.shape != shape:
+                raise ContractError(
+                    f"an image has the shape {image.shape}, expected {shape}; make it with "
+                    "model.geometry.as_model_sees"
+                )
+        if not images:
+            return torch.empty((0, 3, self.size, self.size))
+        levels_NHWC = torch.from_numpy(np.stack(images))
+        return levels_NHWC.permute(0, 3, 1, 2).to(torch.float32).sub_(self._mean).div_(self._std)

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher of the laptop recipe: looks at a drawn shape and describes it in varied prose.
+
+What this teacher is: a program that reads the pixels of drawn shapes. It is not a language model
+and it understands nothing else. It stands in for a model of the class of GPT-4V, behind the same
+HTTP interface, so that the whole line runs without network and without cost. It never sees a
+file name, a question or an answer; what it says comes from the pixels alone.
+"""
+
+import base64
+import binascii
+import hashlib
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, Field
+
+from sg4v_ray.core.images import ImageLimits, Rejected, open_image
+from sg4v_ray.recipes.easy_vqa_shapes import COLORS, Color, Shape
+
+Size = Literal["small", "medium", "large"]
+Row = Literal["top", "middle", "bottom"]
+Column = Literal["left", "middle", "right"]
+Tint = Literal["white", "cream", "mint", "lilac"]
+Name = TypeVar("Name", Row, Column)
+
+
+class NotADrawing(ValueError):
+    """The image is not one plain shape on a plain background."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What the teacher saw."""
+
+    shape: Shape
+    color: Color
+    size: Size
+    row: Row
+    column: Column
+    tint: Tint
+    """Of the background: the channel that it lacks, or white if it lacks none."""
+
+
+def look(image: Image.Image) -> Facts:
+    """Read the facts from the pixels of an image.
+
+    Raises:
+        NotADrawing: nothing stands out from the background, or what does is no known shape.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    background = _most_common(pixels)
+    color, coverage = _cover(pixels, background)
+    rows, columns = coverage.sum(axis=1), coverage.sum(axis=0)
+    width, height = float(rows.max()), float(columns.max())
+    return Facts(
+        shape=_shape(float(coverage.sum()) / (width * height)),
+        color=color,
+        size=_size(max(width, height) / max(coverage.shape)),
+        row=_third(rows, ("top", "middle", "bottom")),
+        column=_third(columns, ("left", "middle", "right")),
+        tint=_tint(background),
+    )
+
+
+def _most_common(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+    packed = pixels.reshape(-1, 3) @ np.array((65536, 256, 1))
+    _, first, counts = np.unique(packed, return_index=True, return_counts=True)
+    most: NDArray[np.float64] = pixels.reshape(-1, 3)[first[counts.argmax()]]
+    return most
+
+
+def _cover(
+    pixels: NDArray[np.float64], background: NDArray[np.float64]
+) -> tuple[Color, NDArray[np.float64]]:
+    """Name the color that stands out, and how much of each pixel (0 to 1) it covers."""
+    away = np.abs(pixels - background).sum(axis=2)
+    if away.max() < 60:
+        raise NotADrawing(f"no pixel differs from the background by more than {away.max():.0f}")
+    solid = pixels[away >= 0.9 * away.max()].mean(axis=0)
+    color = min(COLORS, key=lambda name: float(np.abs(solid - COLORS[name]).sum()))
+    step = solid - background
+    return color, np.clip((pixels - background) @ step / (step @ step), 0.0, 1.0)
+
+
+def _shape(fill: float) -> Shape:
+    """Tell shapes apart by the share they fill of the box around them: 1/2, pi/4 or 1."""
+    if not 0.4 <= fill <= 1.1:
+        raise NotADrawing(f"what is drawn fills {fill:.2f} of the box around it")
+    return "triangle" if fill < 0.72 else "circle" if fill < 0.93 else "rectangle"
+
+
+def _size(share: float) -> Size:
+    return "small" if share < 0.25 else "medium" if share < 0.38 else "large"
+
+
+def _third(profile: NDArray[np.float64], names: tuple[Name, Name, Name]) -> Name:
+    """Name the third of the image that the middle of the shape is in."""
+    inside = np.flatnonzero(profile > 0.5)
+    return names[int((inside[0] + inside[-1] + 1) * 3 / 2 / len(profile))]
+
+
+def _tint(background: NDArray[np.float64]) -> Tint:
+    if background.max() - background.min() < 6:
+        return "white"
+    tints: tuple[Tint, ...] = ("mint", "lilac", "cream")
+    return tints[int(background.argmin())]
+
+
+_TRAITS: Final[dict[Shape, tuple[str, ...]]] = {
+    "circle": ("a round outline", "no corners"),
+    "rectangle": ("four corners", "four straight sides"),
+    "triangle": ("three corners", "three straight sides"),
+}
+_SENTENCES: Final = (
+    "A {size} {color} {shape} {sits} {where} of the {image}, on a {pale} background.",
+    "The {image} shows a {color} {shape}. It is {size}, {where}, and the background is {pale}.",
+    "On a {pale} background there is a {color} {shape}. It is {size} and {sits} {where}.",
+    "The shape in this {image} is a {shape}. Its color is {color}, it is {size}, and it {sits}"
+    " {where} of a {pale} background.",
+    "The color of the shape is {color}. It is a {size} {shape} {where}, on a {pale} background.",
+    "A {shape} filled with {color} {sits} {where} of the {image}. It looks {size} against the"
+    " {pale} background.",
+    "This {image} contains a {shape} with {trait}. It is {color}, {size}, and {sits} {where} of"
+    " a {pale} background.",
+    "A shape with {trait}, a {color} {shape}, {sits} {where}. It is {size} and the background is"
+    " {pale}.",
+    "The {image} contains something {color}: a {shape} with {trait}. It is {size}, {where} of"
+    " the {pale} background.",
+    "{Where} of the {image} there is a {shape}. The color is {color}, the background is {pale},"
+    " and it looks {size}.",
+)
+
+
+def describe(facts: Facts, rng_seed: int) -> str:
+    """Put the facts into one of many wordings, equal for equal seeds; 12 to 30 words."""
+    rng = random.Random(rng_seed)
+    where = rng.choice(_where(facts))
+    return rng.choice(_SENTENCES).format(
+        shape=facts.shape,
+        color=facts.color,
+        size=facts.size,
+        where=where,
+        Where=where.capitalize(),
+        trait=rng.choice(_TRAITS[facts.shape]),
+        pale=f"pale {facts.tint}",
+        image=rng.choice(("image", "picture")),
+        sits=rng.choice(("sits", "is")),
+    )
+
+
+def _where(facts: Facts) -> tuple[str, str]:
+    match facts.row, facts.column:
+        case "middle", "middle":
+            return "in the center", "near the center"
+        case row, "middle":
+            return f"at the {row}", f"near the {row}"
+        case "middle", column:
+            return f"on the {column}", f"near the {column}"
+        case row, column:
+            return f"in the {row} {column}", f"near the {row} {column} corner"
+
+
+class _ImageUrl(BaseModel):
+    url: str
+
+
+class _TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _ImagePart(BaseModel):
+    type: Literal["image_url"]
+    image_url: _ImageUrl
+
+
+class _Message(BaseModel):
+    role: str
+    content: str | list[Annotated[_TextPart | _ImagePart, Field(discriminator="type")]]
+
+
+class _Request(BaseModel):
+    model: str
+    messages: list[_Message]
+    seed: int = 0
+
+
+class _BadRequest(ValueError):
+    """The client asked for something that cannot be answered; becomes HTTP 400."""
+
+
+MODEL_NAME: Final = "easy-vqa-teacher"
+_LIMITS: Final = ImageLimits(max_bytes=2**20, max_pixels=2**20)
+_PREFIX: Final = "base64,"
+_IMAGE_TOKENS: Final = 64  # a fixed figure for `usage`, so that budgets have something to count
+
+
+def build_app() -> FastAPI:
+    """Make the HTTP service: POST /v1/chat/completions and GET /v1/models, as OpenAI shapes them.
+
+    The words of the request are ignored: the answer describes its one image. Answers are equal
+    for equal image bytes and `seed`.
+    """
+    app = FastAPI(title=MODEL_NAME)
+    app.add_exception_handler(RequestValidationError, _bad_request)
+    app.add_exception_handler(_BadRequest, _bad_request)
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        listed = {"id": MODEL_NAME, "object": "model", "created": 0, "owned_by": "sg4v-ray"}
+        return {"object": "list", "data": [listed]}
+
+    @app.post("/v1/chat/completions")
+    def complete(request: _Request) -> dict[str, Any]:
+        data = _only_image(request)
+        digest = hashlib.sha256(data + str(request.seed).encode()).digest()
+        try:
+            text = describe(look(_decode(data)), int.from_bytes(digest[:8], "big"))
+        except NotADrawing as error:
+            raise _BadRequest(f"this teacher describes drawn shapes only: {error}") from error
+        return _completion(request, text, digest.hex())
+
+    return app
+
+
+async def _bad_request(_: object, error: Exception) -> JSONResponse:
+    body = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, status_code=400)
+
+
+def _only_image(request: _Request) -> bytes:
+    urls = [
+        part.image_url.url
+        for message in request.messages
+        if not isinstance(message.content, str)
+        for part in message.content
+        if isinstance(part, _ImagePart)
+    ]
+    if len(urls) != 1:
+        raise _BadRequest(f"a request needs exactly one image, this one has {len(urls)}")
+    header, found, payload = urls[0].partition(_PREFIX)
+    if not header.startswith("data:image/") or not found:
+        raise _BadRequest("an image must come as a base64 data:image/ URI")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise _BadRequest(f"the image is not valid base64: {error}") from error
+
+
+def _decode(data: bytes) -> Image.Image:
+    image = open_image(data, _LIMITS)
+    if isinstance(image, Rejected):
+        raise _BadRequest(f"the image cannot be decoded: {image.reason}, {image.detail}")
+    return image
+
+
+def _completion(request: _Request, text: str, digest: str) -> dict[str, Any]:
+    """Fill the shape of an OpenAI chat completion; tokens are counted as words."""
+    asked = _IMAGE_TOKENS + sum(len(_text(message).split()) for message in request.messages)
+    answered = len(text.split())
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {
+        "id": f"chatcmpl-{digest[:24]}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request.model,
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
+        "usage": {
+            "prompt_tokens": asked,
+            "completion_tokens": answered,
+            "total_tokens": asked + answered,
+        },
+    }
+
+
+def _text(message: _Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return " ".join(part.text for part in message.content if isinstance(part, _TextPart))
+
+
+@contextmanager
+def serve(port: int = 0) -> Iterator[str]:
+    """Answer on 127.0.0.1 while the context is open; yields the base URL, which ends in /v1.
+
+    Port 0 takes any free one. There is nothing to wait for: the socket listens before the server
+    thread starts, so an early request queues instead of failing.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        server = uvicorn.Server(uvicorn.Config(build_app(), log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],), name=MODEL_NAME)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            thread.join()

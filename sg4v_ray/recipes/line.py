@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The line: every step of a system from images to scores, each with its config and its refs.
+
+A recipe is one value of `Line`. Steps are joined by artifact names only.
+"""
+
+from dataclasses import dataclass
+
+from sg4v_ray.batch.plan import Flow
+from sg4v_ray.captions.bulk import BulkConfig
+from sg4v_ray.captions.collect import CollectConfig
+from sg4v_ray.captions.teacher import Endpoint
+from sg4v_ray.core.artifact import Ref
+from sg4v_ray.dataset.build import BuildConfig
+from sg4v_ray.evaluation.run import EvaluateConfig
+from sg4v_ray.inference.open import EngineConfig
+from sg4v_ray.sources.index import IndexConfig, QuestionsConfig
+from sg4v_ray.training.config import Fresh, StageConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexStep:
+    """Index images."""
+
+    config: IndexConfig
+    out: Ref
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionsStep:
+    """Index questions about indexed images."""
+
+    config: QuestionsConfig
+    images: Ref
+    out: Ref
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CollectStep:
+    """Collect captions from the teacher."""
+
+    config: CollectConfig
+    endpoint: Endpoint
+    images: Ref
+    out: Ref
+    flow: Flow = Flow()
+    local_teacher: bool = False
+    """Start the recipe's own teacher on this machine and ask that one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetStep:
+    """Build training data."""
+
+    config: BuildConfig
+    out: Ref
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainStep:
+    """Train a model."""
+
+    config: StageConfig
+    start: Fresh | Ref
+    dataset: Ref
+    out: Ref
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptionStep:
+    """Caption all images of an index."""
+
+    config: BulkConfig
+    engine: EngineConfig
+    images: Ref
+    captioner: Ref
+    out: Ref
+    flow: Flow = Flow()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateStep:
+    """Ask a model all questions of a set and score the answers."""
+
+    config: EvaluateConfig
+    engine: EngineConfig
+    questions: Ref
+    train_questions: Ref
+    """For the share that a guess without an image gets right."""
+    model: Ref
+    out: Ref
+    scores: Ref
+    report: str
+    """File below the root that gets the figures as JSON."""
+    flow: Flow = Flow()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One whole system. A step that a recipe does not have is None or an empty tuple."""
+
+    images: tuple[IndexStep, ...] = ()
+    questions: tuple[QuestionsStep, ...] = ()
+    collect: CollectStep | None = None
+    datasets: tuple[DatasetStep, ...] = ()
+    align: TrainStep | None = None
+    captioner: TrainStep | None = None
+    embedded_captioner: bool = False
+    """Caption with the captioner that comes with this package, not with one of this line."""
+    caption: CaptionStep | None = None
+    pretrain: TrainStep | None = None
+    finetune: TrainStep | None = None
+    evaluate: EvaluateStep | None = None

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Index images and questions: metadata as Parquet, one row each.
+
+folders, packages -> images@v, questions@v
+
+An index holds no pixels; an unreadable file becomes a row here and a reject later.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
+from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.lease import hold
+from sg4v_ray.core.records import ImageRow, Question
+from sg4v_ray.core.rows import ROWS, put_rows, read_rows
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.where import Where
+from sg4v_ray.sources.drawn_shapes import DrawnShapes
+from sg4v_ray.sources.easy_vqa import EasyVqaImages, EasyVqaQuestions
+from sg4v_ray.sources.folder import Folder
+
+_log = logging.getLogger(__name__)
+_ROWS_PER_FILE = 50_000
+
+
+class ImageSource(Protocol):
+    """Something that can list its images."""
+
+    name: str
+
+    def rows(self, files: Storage) -> Iterator[ImageRow]:
+        """Yield a row an image; a source that makes its images writes them below `files`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexConfig:
+    """Where the images of an index come from."""
+
+    sources: tuple[Folder | EasyVqaImages | DrawnShapes, ...]
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.sources]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"an index needs sources of different names, got {names}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionsConfig:
+    """Where the questions of an evaluation or fine-tuning set come from."""
+
+    source: EasyVqaQuestions
+
+
+def run(config: IndexConfig, *, out: Ref, where: Where) -> Manifest:
+    """Write the index `out`; open it if it is finished.
+
+    Raises:
+        ContractError: two images have one id; both URIs are named.
+        ConfigError: a source is not there, or has no image.
+    """
+
+    def read(home: Storage) -> Iterator[ImageRow]:
+        for source in config.sources:
+            rows = source.rows(home.sub(f"files/{source.name}"))
+            yield from _not_empty(rows, source.name)
+
+    return _write(ImageRow, read, config, inputs={}, out=out, where=where)
+
+
+def run_questions(config: QuestionsConfig, *, images: Ref, out: Ref, where: Where) -> Manifest:
+    """Write the questions `out` about the images of an index; open it if it is finished.
+
+    Raises:
+        ContractError: a question is about an image that the index does not have.
+    """
+    storage = where.storage
+    index = find(storage, images)
+    uris = {row.id: row.uri for row in read_rows(storage, images, ImageRow)}
+
+    def read(home: Storage) -> Iterator[Question]:
+        return _not_empty(config.source.rows(uris), config.source.name)
+
+    inputs = {str(images): index.fingerprint}
+    return _write(Question, read, config, inputs=inputs, out=out, where=where)
+
+
+def _write(
+    record: type, read: Any, config: object, *, inputs: dict[str, str], out: Ref, where: Where
+) -> Manifest:
+    storage = where.storage
+    if is_finished(storage, out, config=config, inputs=inputs):
+        return find(storage, out)
+    home = begin(storage, out, config, inputs=inputs)
+    with hold(home) as lease:
+        home.delete(ROWS)
+        seen: dict[str, str] = {}
+        counts: dict[str, int] = {}
+        for number, rows in enumerate(_pieces(_unique(read(home), seen))):
+            put_rows(home, f"{ROWS}/part-{number:05d}.parquet", record, rows)
+            for row in rows:
+                source = getattr(row, "source", "questions")
+                counts[source] = counts.get(source, 0) + 1
+        _log.info("%s: %s", out, ", ".join(f"{count} {name}" for name, count in counts.items()))
+        return commit(
+            storage,
+            out,
+            config=config,
+            inputs=inputs,
+            counts={"rows": len(seen), **counts},
+            attempts=(ROWS,),
+            lease=lease,
+        )
+
+
+def _not_empty(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise ConfigError(f"the source {name!r} has no rows; check its path")
+
+
+def _unique(rows: Iterable[Any], seen: dict[str, str]) -> Iterator[Any]:
+    for row in rows:
+        if row.id in seen:
+            raise ContractError(f"two rows have the id {row.id!r}: {seen[row.id]} and {row.uri}")
+        seen[row.id] = row.uri
+        yield row
+
+
+def _pieces(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    piece: list[Any] = []
+    for row in rows:
+        piece.append(row)
+        if len(piece) == _ROWS_PER_FILE:
+            yield piece
+            piece = []
+    if piece:
+        yield piece

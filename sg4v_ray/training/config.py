@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training stage is: dataset@v + a model -> a model. All of it is the result's identity."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.images import ImageLimits
+from sg4v_ray.core.rejects import RejectBudget
+from sg4v_ray.model.conversation import TemplateName
+from sg4v_ray.model.freeze import Trainable
+from sg4v_ray.model.geometry import Geometry
+
+StageKind = Literal["align", "captioner", "pretrain", "finetune"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One training stage.
+
+    Defaults are those of the published scripts (ShareGPT4Omni/ShareGPT4V@b6f70e9,
+    scripts/sharegpt4v) unless a field says otherwise.
+    """
+
+    kind: StageKind
+    """Which of the four trainings this is, for people; nothing is decided by it."""
+    template: TemplateName
+    geometry: Geometry
+    trainable: Trainable
+    """Which parameters learn."""
+    learning_rate: float
+    """The peak."""
+    global_batch: int
+    """Samples of one optimizer step, over all workers and accumulation steps."""
+    micro_batch: int
+    """Samples that one worker holds at once; the rest is accumulation."""
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Overrules `epochs`."""
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    clip_norm: float | None = None
+    """Gradient norm above which gradients are scaled down. The published ZeRO-2 and ZeRO-3
+    settings name none."""
+    max_length: int = 2048
+    """Tokens of a row, image tokens included; the rest of an answer is cut. (Published: 2048
+    before an image's one placeholder becomes 576 tokens.)"""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and activations; the optimizer's copy is float32 in both cases."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass instead of keeping them."""
+    save_every_steps: int = 250
+    """Steps between checkpoints, about an hour at 7B on 16 A100s. (Published: 50,000, so none.)"""
+    seed: int = 42
+    """Order of the samples; transformers' default."""
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
+    budget: RejectBudget = field(default_factory=RejectBudget)
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "micro_batch", "max_length", "save_every_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "epochs", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.global_batch % self.micro_batch:
+            raise ConfigError(
+                f"global_batch {self.global_batch} is no multiple of micro_batch "
+                f"{self.micro_batch}"
+            )
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps must be at least 1 or None, got {self.max_steps}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ConfigError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be at least 0 and below 1, got {self.betas}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError(f"clip_norm must be above 0 or None, got {self.clip_norm}")

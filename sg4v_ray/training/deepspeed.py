@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage's settings as DeepSpeed spells them, and the parameter groups of its optimizer."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from sg4v_ray.training.config import StageConfig
+
+# Values of the published scripts/zero2.json and zero3.json (ShareGPT4Omni/ShareGPT4V@b6f70e9).
+_SUB_GROUP_SIZE = 1_000_000_000
+_ZERO: Mapping[int, Mapping[str, Any]] = {
+    0: {},
+    1: {},
+    2: {"overlap_comm": True, "contiguous_gradients": True},
+    3: {
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": _SUB_GROUP_SIZE,
+        "stage3_max_live_parameters": _SUB_GROUP_SIZE,
+        "stage3_max_reuse_distance": _SUB_GROUP_SIZE,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+def settings(config: StageConfig, *, world_size: int, gpu: bool) -> dict[str, Any]:
+    """Return the dict that `deepspeed.initialize` takes.
+
+    The loop sets the learning rate of each step itself, so no scheduler is named.
+    """
+    micro_batches = config.global_batch // config.micro_batch
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": micro_batches // world_size,
+        "zero_optimization": {"stage": config.zero_stage, **_ZERO[config.zero_stage]},
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "gradient_clipping": config.clip_norm or 0.0,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.learning_rate,
+                "betas": list(config.betas),
+                "eps": config.epsilon,
+                "torch_adam": not gpu,  # the fused one needs CUDA
+            },
+        },
+    }
+
+
+def groups(
+    named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Split the trained parameters: matrices decay, biases and norms do not, as in transformers."""
+    trained = [one for _, one in named if one.requires_grad]
+    decayed = [one for one in trained if one.ndim > 1]
+    plain = [one for one in trained if one.ndim <= 1]
+    made = (
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    )
+    return [group for group in made if group["params"]]

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one training stage: dataset@v + a model -> a model, on Ray Train and DeepSpeed.
+
+A killed worker is replaced, a killed driver is followed by the next call of `run`; both go on
+from the last checkpoint and end with the weights of a run that was never stopped.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from sg4v_ray.batch.generate import ModelSource
+from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
+from sg4v_ray.core.config import load, to_plain
+from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.lease import Lease, hold
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.where import Where
+from sg4v_ray.model.config import ModelConfig
+from sg4v_ray.training import checkpoint, worker
+from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.worker import Job, Outcome
+
+_log = logging.getLogger(__name__)
+
+_RESTARTS: Final = 3
+"""Lost workers that one call of `run` survives."""
+_RAY: Final = "ray"
+_MODEL_FACT: Final = "model"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fresh:
+    """A model with random weights, for the nano, where nothing is pretrained."""
+
+    model: ModelConfig
+    tokenizer_file: str
+    """Absolute path of a `tokenizer.json` on the driver. Its content is identity, its place not."""
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FreshStage:
+    """Identity of a stage that starts from random weights."""
+
+    stage: StageConfig
+    model: ModelConfig
+    seed: int
+
+
+def run(config: StageConfig, *, start: Ref | Fresh, dataset: Ref, out: Ref, where: Where) -> Manifest:
+    """Train the model `out`; open it if it is finished, go on with it if it was begun.
+
+    Raises:
+        ArtifactMissing: the dataset or the model to start from is not finished.
+        ArtifactDrift: `out` exists and was made from something else.
+        ConfigError: the settings fit neither each other nor the cluster.
+        LeaseHeld: another driver is training it.
+        LossNotFinite, TooManyRejects: training cannot go on.
+    """
+    storage = where.storage
+    inputs = _inputs(storage, start, dataset)
+    identity = (
+        config
+        if isinstance(start, Ref)
+        else _FreshStage(stage=config, model=start.model, seed=start.seed)
+    )
+    if is_finished(storage, out, config=identity, inputs=inputs):
+        return find(storage, out)
+    job = _job(config, start, dataset, out, where)
+    _check(job, where)
+    home = begin(storage, out, identity, inputs=inputs)
+    with hold(home) as lease:
+        if isinstance(start, Fresh):
+            home.put(worker.TOKENIZER, Path(start.tokenizer_file).read_bytes())
+        began = time.monotonic()
+        outcome = _fit(job, home, where, lease)
+        facts = _facts(job, outcome, seconds=time.monotonic() - began)
+        manifest = commit(
+            storage,
+            out,
+            config=identity,
+            inputs=inputs,
+            counts=_counts(outcome),
+            digests=outcome.digests,
+            facts=facts,
+            lease=lease,
+        )
+    for spent in (checkpoint.FOLDER, _RAY):
+        home.delete(spent)
+    return manifest
+
+
+def _inputs(storage: Storage, start: Ref | Fresh, dataset: Ref) -> dict[str, str]:
+    inputs = {str(dataset): find(storage, dataset).fingerprint}
+    if isinstance(start, Ref):
+        return inputs | {str(start): find(storage, start).fingerprint}
+    file = Path(start.tokenizer_file)
+    if not file.is_file():
+        raise ConfigError(f"no tokenizer at {file}; train or export one first")
+    return inputs | {"tokenizer.json": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
+
+
+def _job(config: StageConfig, start: Ref | Fresh, dataset: Ref, out: Ref, where: Where) -> Job:
+    if isinstance(start, Fresh):
+        model, source = start.model, start.seed
+    else:
+        model, source = model_config(find(where.storage, start)), ModelSource(
+            root=where.root, ref=start
+        )
+    return Job(
+        stage=config,
+        model=model,
+        start=source,
+        dataset=dataset,
+        root=where.root,
+        out=out,
+        threads=max(1, int(where.worker_cpus)),
+        gpu=where.train_gpu,
+        progress=where.progress,
+    )
+
+
+def model_config(manifest: Manifest) -> ModelConfig:
+    """Return the shape of the model of an artifact.
+
+    Raises:
+        ContractError: the job that made it did not write it down.
+    """
+    found = manifest.facts.get(_MODEL_FACT)
+    if not isinstance(found, Mapping):
+        raise ContractError(
+            f"{manifest.name}@{manifest.version} does not say what shape its model has; commit "
+            f"it with facts={{'{_MODEL_FACT}': to_plain(model_config)}}"
+        )
+    return load(ModelConfig, found)
+
+
+def _check(job: Job, where: Where) -> None:
+    """Refuse what cannot work before anything is written."""
+    stage, model = job.stage, job.model
+    if stage.max_length > model.max_positions:
+        raise ConfigError(
+            f"max_length {stage.max_length} is more than the {model.max_positions} positions of "
+            f"{model.name}; lower max_length"
+        )
+    if stage.max_length < model.num_image_tokens + 2:
+        raise ConfigError(
+            f"max_length {stage.max_length} leaves no room for text beside the "
+            f"{model.num_image_tokens} tokens of an image; raise it"
+        )
+    storage = Storage(job.root)
+    samples = worker.dataset_samples(job.root, job.dataset, find(storage, job.dataset))
+    worker.make_plan(stage, len(samples)).check_workers(where.train_workers)
+    if (found := checkpoint.newest(storage.sub(job.out.path))) is not None:
+        checkpoint.check_world_size(found, where.train_workers)
+    _check_cluster(where)
+
+
+def _check_cluster(where: Where) -> None:
+    """Raise ConfigError if the workers do not fit; Ray would wait for ever, without a word."""
+    have = ray.cluster_resources()
+    cpus = where.train_workers * where.worker_cpus
+    gpus = where.train_workers if where.train_gpu else 0
+    if have.get("CPU", 0) < cpus or have.get("GPU", 0) < gpus:
+        raise ConfigError(
+            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
+            f"{where.train_workers} training workers need {cpus:g} and {gpus}. Lower "
+            "--where.train-workers or --where.worker-cpus, or add nodes."
+        )
+
+
+def _fit(job: Job, home: Storage, where: Where, lease: Lease) -> Outcome:
+    """Let Ray Train run the workers; return what rank 0 wrote at the end."""
+    home.delete(worker.OUTCOME)
+    filesystem, path = home.arrow(_RAY)
+    resources = {"CPU": where.worker_cpus, **({"GPU": 1.0} if where.train_gpu else {})}
+    TorchTrainer(
+        worker.work,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=where.train_workers,
+            use_gpu=where.train_gpu,
+            resources_per_worker=resources,
+        ),
+        torch_config=TorchConfig(backend="nccl" if where.train_gpu else "gloo"),
+        run_config=RunConfig(
+            name=f"attempt-{lease.number}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=_RESTARTS),
+        ),
+    ).fit()
+    outcome = load(Outcome, json.loads(home.get(worker.OUTCOME)))
+    if outcome.error:
+        raise worker.LASTING[outcome.error](outcome.message)
+    return outcome
+
+
+def _counts(outcome: Outcome) -> dict[str, int]:
+    progress = outcome.progress or checkpoint.Progress()
+    return {"steps": progress.step, **dict(sorted(progress.counts.items()))}
+
+
+def _facts(job: Job, outcome: Outcome, *, seconds: float) -> dict[str, object]:
+    progress = outcome.progress or checkpoint.Progress()
+    return {
+        _MODEL_FACT: to_plain(job.model),
+        "losses": list(progress.losses),
+        "grad_norms": list(progress.grad_norms),
+        "last_attempt_s": round(seconds, 1),
+    }

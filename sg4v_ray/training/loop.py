@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: one optimizer step for each global batch of the plan.
+
+The loss of a step is the sum over its labelled tokens divided by their number, both over the
+GLOBAL batch: neither the number of workers nor accumulation changes what is learnt. (The published
+code takes a mean of means, which weighs the tokens of short answers more.)
+"""
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from sg4v_ray.core.errors import Sg4vError
+from sg4v_ray.core.rejects import RejectBudget
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.model.conversation import IGNORE
+from sg4v_ray.training import checkpoint
+from sg4v_ray.training.batch import Batches, MicroBatch
+from sg4v_ray.training.checkpoint import Progress
+from sg4v_ray.training.schedule import Schedule
+
+# Shape letters used in this file:
+#   B  rows of a micro-batch    T  tokens of its longest row    V  vocabulary
+
+_REPORT_EVERY_S = 5.0
+_COUNTED = ("labels", "tokens", "samples", "rejected", "cut")
+
+
+class LossNotFinite(Sg4vError):
+    """The loss or the gradient of a step is NaN or infinite; weights were not saved since."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metrics:
+    """What a run says of itself now and then."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    samples_per_s: float
+    tokens_per_s: float
+    eta_s: float
+    rejected: int
+
+
+class Monitor(Protocol):
+    """What the loop tells and asks its surroundings; all ranks call it equally often."""
+
+    def report(self, metrics: Metrics) -> None:
+        """Take the metrics of the last step."""
+
+    def should_save(self) -> bool:
+        """Say, once, that a machine of this run will soon be taken away."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    """Everything that one run of the loop needs, on one rank."""
+
+    engine: Any
+    """DeepSpeed's."""
+    batches: Batches
+    schedule: Schedule
+    home: Storage
+    """Where checkpoints go."""
+    save_every_steps: int
+    budget: RejectBudget
+    dtype: torch.dtype
+    """Of the model's weights, which images must have too."""
+    monitor: Monitor
+
+
+def train(loop: Loop) -> Progress:
+    """Train from the last checkpoint to the end of the plan. All ranks call this together.
+
+    Raises:
+        LossNotFinite: a step went wrong; the message names it.
+        TooManyRejects: more samples are unusable than the budget allows.
+    """
+    plan, reasons = loop.batches.plan, Counter[str]()
+    progress = checkpoint.resume(loop.home, loop.engine)
+    pace = _Pace(progress.step)
+    for micro_batches in loop.batches.steps(progress.step):
+        counts, is_time = _agree(loop, micro_batches, is_time=pace.is_time())
+        reasons.update(_reasons(micro_batches))
+        loss, grad_norm = _step(loop, micro_batches, step=progress.step, labels=counts["labels"])
+        pace.add(counts)
+        progress = Progress(
+            step=progress.step + 1,
+            counts=dict(Counter(progress.counts) + counts),
+            losses=(*progress.losses, loss),
+            grad_norms=(*progress.grad_norms, grad_norm),
+        )
+        loop.budget.check(rejected=progress.counts.get("rejected", 0), total=plan.num_planned)
+        is_last = progress.step == plan.total_steps
+        must_save = is_last or progress.step % loop.save_every_steps == 0
+        if is_time or is_last:
+            loop.monitor.report(pace.metrics(loop, progress))
+            must_save = loop.monitor.should_save() or must_save
+        if must_save:
+            progress = _with_reasons(progress, reasons)
+            reasons.clear()
+            checkpoint.save(loop.home, loop.engine, progress)
+    return progress
+
+
+def _agree(
+    loop: Loop, micro_batches: list[MicroBatch], *, is_time: bool
+) -> tuple[Counter[str], bool]:
+    """Add up the counts of a step over all ranks, and take the word of rank 0 on the time."""
+    local = sum((one.counts for one in micro_batches), Counter[str]())
+    mine = [*(local[name] for name in _COUNTED), int(is_time and dist.get_rank() == 0)]
+    summed = torch.tensor(mine, dtype=torch.int64, device=loop.engine.device)
+    dist.all_reduce(summed)
+    *counts, time_is_up = summed.tolist()
+    return Counter(dict(zip(_COUNTED, counts, strict=True))), bool(time_is_up)
+
+
+def _step(
+    loop: Loop, micro_batches: list[MicroBatch], *, step: int, labels: int
+) -> tuple[float, float]:
+    """Make one optimizer step; return its loss and its gradient norm."""
+    engine = loop.engine
+    # Nothing in the models draws numbers today. If something does, a resumed run draws the same.
+    torch.manual_seed(hash((loop.batches.plan.seed, step, dist.get_rank())))
+    for group in engine.optimizer.param_groups:
+        group["lr"] = loop.schedule.rate(step)
+    # DeepSpeed divides by the number of ranks; it would divide by the accumulation steps too.
+    scale = dist.get_world_size() / max(1, labels)
+    total = torch.zeros((), device=engine.device)
+    for number, batch in enumerate(micro_batches, start=1):
+        loss_sum = _loss_sum(loop, batch)
+        engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        total += loss_sum.detach()
+        if number == len(micro_batches):
+            dist.all_reduce(total)
+            loss = float(total) / max(1, labels)
+            _check_finite(loss, "loss", step)
+            norm = _unsharded_norm(engine)
+        engine.step()
+    grad_norm = norm if norm is not None else float(engine.get_global_grad_norm())
+    _check_finite(grad_norm, "gradient norm", step)
+    return loss, grad_norm
+
+
+def _loss_sum(loop: Loop, batch: MicroBatch) -> Tensor:
+    device = loop.engine.device
+    logits_BTV = loop.engine(
+        input_ids=batch.input_ids_BT.to(device),
+        attention_mask=batch.attention_mask_BT.to(device),
+        pixel_values=batch.pixels_N3SS.to(device, loop.dtype),
+        use_cache=False,
+    ).logits
+    targets_BT = batch.labels_BT[:, 1:].to(device)
+    return functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(),
+        targets_BT.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
+
+
+def _unsharded_norm(engine: Any) -> float | None:
+    """Return the gradient norm where DeepSpeed keeps none: without ZeRO, in float32."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    found = [one.grad for one in engine.module.parameters() if one.grad is not None]
+    return float(torch.nn.utils.get_total_norm(found))
+
+
+def _check_finite(value: float, what: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise LossNotFinite(
+            f"the {what} of step {step} is {value}. The last checkpoint is from before; lower "
+            "learning_rate, set clip_norm, or look at the samples of this step"
+        )
+
+
+def _reasons(micro_batches: list[MicroBatch]) -> Counter[str]:
+    local = sum((one.counts for one in micro_batches), Counter[str]())
+    return Counter({name: local[name] for name in local if name not in _COUNTED})
+
+
+def _with_reasons(progress: Progress, reasons: Counter[str]) -> Progress:
+    """Add what every rank rejected since the last checkpoint, by reason."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(reasons))
+    counts = sum((Counter(one) for one in gathered), Counter(progress.counts))
+    return dataclasses.replace(progress, counts=dict(counts))
+
+
+class _Pace:
+    """Rates since the last report, and how long the rest will take."""
+
+    def __init__(self, first_step: int) -> None:
+        self._first_step, self._started = first_step, time.monotonic()
+        self._reported = self._started
+        self._counts: Counter[str] = Counter()
+
+    def is_time(self) -> bool:
+        return time.monotonic() - self._reported >= _REPORT_EVERY_S
+
+    def add(self, counts: Counter[str]) -> None:
+        self._counts += counts
+
+    def metrics(self, loop: Loop, progress: Progress) -> Metrics:
+        now, plan = time.monotonic(), loop.batches.plan
+        seconds = max(1e-9, now - self._reported)
+        per_step = (now - self._started) / (progress.step - self._first_step)
+        made = Metrics(
+            step=progress.step,
+            total_steps=plan.total_steps,
+            epoch=progress.step / plan.steps_per_epoch,
+            loss=progress.losses[-1],
+            learning_rate=loop.schedule.rate(progress.step - 1),
+            grad_norm=progress.grad_norms[-1],
+            samples_per_s=self._counts["samples"] / seconds,
+            tokens_per_s=self._counts["tokens"] / seconds,
+            eta_s=per_step * (plan.total_steps - progress.step),
+            rejected=progress.counts.get("rejected", 0),
+        )
+        self._reported = now
+        self._counts.clear()
+        return made

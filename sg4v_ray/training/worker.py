@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training process: model and data in, the loop, and on rank 0 the finished model folder.
+
+Ray Train runs `work` on every worker. What the driver needs to know comes back as a file beside
+the checkpoints: it outlives both processes.
+"""
+
+import dataclasses
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import deepspeed
+import ray.train
+import torch
+from ray.util.metrics import Gauge
+
+from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
+from sg4v_ray.core import observe
+from sg4v_ray.core.artifact import Manifest, Ref, find
+from sg4v_ray.core.errors import TooManyRejects
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.model import freeze, weights
+from sg4v_ray.model.config import ModelConfig
+from sg4v_ray.model.conversation import Conversation, chat_template
+from sg4v_ray.model.processor import PixelMaker, save_processor
+from sg4v_ray.training import deepspeed as spelled
+from sg4v_ray.training.batch import Batches, RowRules, Rows, Samples
+from sg4v_ray.training.checkpoint import Progress
+from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.loop import Loop, LossNotFinite, Metrics, train
+from sg4v_ray.training.plan import Plan, total_steps
+from sg4v_ray.training.schedule import Schedule
+
+_log = logging.getLogger(__name__)
+
+SAMPLES: Final = "samples.arrow"
+TOKENIZER: Final = "start/tokenizer.json"
+OUTCOME: Final = "outcome.json"
+_DATASETS: Final = "/tmp/sg4v-datasets"
+"""Where a node keeps its copy of a dataset that lies in a bucket."""
+
+LASTING: Final = {one.__name__: one for one in (LossNotFinite, TooManyRejects)}
+"""Errors that all ranks meet at the same step, and would meet again after a restart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a worker has to do; plain values, so that Ray can send it anywhere."""
+
+    stage: StageConfig
+    model: ModelConfig
+    start: ModelSource | int
+    """Weights to start from, or the seed of random ones."""
+    dataset: Ref
+    root: str
+    out: Ref
+    threads: int
+    gpu: bool
+    progress: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What `outcome.json` holds when a run has ended, well or not."""
+
+    progress: Progress | None = None
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    """sha256 of the files of the model folder."""
+    error: str = ""
+    """Name of a class of `LASTING`, or empty."""
+    message: str = ""
+
+
+def work(config: dict[str, Any]) -> None:
+    """Train as `config["job"]` says. Ray Train calls this on every worker."""
+    job: Job = config["job"]
+    observe.set_up_logging()
+    torch.set_num_threads(job.threads)
+    torch.set_float32_matmul_precision("high" if job.gpu else "highest")  # TF32, as published
+    home = Storage(job.root).sub(job.out.path)
+    with tempfile.TemporaryDirectory(prefix="sg4v-model-") as name:
+        folder = Path(name)
+        model = _prepare(job, home, folder)
+        loop = _loop(job, home, folder, model)
+        try:
+            outcome = Outcome(progress=train(loop))
+        except tuple(LASTING.values()) as error:
+            outcome = Outcome(error=type(error).__name__, message=str(error))
+        else:
+            digests = _export(job, home, folder, model, loop.engine)
+            outcome = dataclasses.replace(outcome, digests=digests)
+        if ray.train.get_context().get_world_rank() == 0:
+            home.put(OUTCOME, json.dumps(dataclasses.asdict(outcome)).encode())
+
+
+def _prepare(job: Job, home: Storage, folder: Path) -> Any:
+    """Return the model, and put tokenizer and processor into the folder that will be exported."""
+    stage = job.stage
+    if isinstance(job.start, ModelSource):
+        source = job.start.localise()
+        model, tokenizer = weights.load(source, dtype=stage.dtype), source / "tokenizer.json"
+    else:
+        model = weights.create(job.model, seed=job.start).to(weights.to_dtype(stage.dtype))
+        tokenizer = folder / "tokenizer.json"
+        tokenizer.write_bytes(home.get(TOKENIZER))
+    save_processor(
+        folder,
+        config=job.model,
+        tokenizer_file=tokenizer,
+        chat_template=chat_template(stage.template),
+        geometry=stage.geometry,
+    )
+    freeze.apply(model, stage.trainable)
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def dataset_samples(root: str, dataset: Ref, manifest: Manifest) -> Samples:
+    """Return the samples of a dataset, from this node's checked copy."""
+    folder = Storage(root).localise(
+        dataset.path, cache=Path(_DATASETS), digests={SAMPLES: manifest.digests[SAMPLES]}
+    )
+    return Samples(folder / SAMPLES)
+
+
+def make_plan(stage: StageConfig, num_samples: int) -> Plan:
+    """Return the steps of a stage over a dataset of some size."""
+    steps = total_steps(
+        num_samples=num_samples,
+        global_batch=stage.global_batch,
+        epochs=stage.epochs,
+        max_steps=stage.max_steps,
+    )
+    return Plan(
+        num_samples=num_samples,
+        global_batch=stage.global_batch,
+        micro_batch=stage.micro_batch,
+        total_steps=steps,
+        seed=stage.seed,
+    )
+
+
+def _loop(job: Job, home: Storage, folder: Path, model: Any) -> Loop:
+    stage, context = job.stage, ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    storage = Storage(job.root)
+    samples = dataset_samples(job.root, job.dataset, find(storage, job.dataset))
+    rules = RowRules(
+        geometry=stage.geometry,
+        image_size=job.model.image_size,
+        num_image_tokens=job.model.num_image_tokens,
+        max_length=stage.max_length,
+        image_limits=stage.image_limits,
+    )
+    plan = make_plan(stage, len(samples))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=spelled.groups(
+            model.named_parameters(), weight_decay=stage.weight_decay
+        ),
+        config=spelled.settings(stage, world_size=world_size, gpu=job.gpu),
+    )
+    return Loop(
+        engine=engine,
+        batches=Batches(
+            plan=plan,
+            rows=Rows(samples, Conversation.open(folder, stage.template), rules),
+            pixel_maker=PixelMaker.open(folder),
+            rank=rank,
+            world_size=world_size,
+            threads=job.threads,
+        ),
+        schedule=Schedule(
+            peak=stage.learning_rate,
+            warmup_ratio=stage.warmup_ratio,
+            total_steps=plan.total_steps,
+        ),
+        home=home,
+        save_every_steps=stage.save_every_steps,
+        budget=stage.budget,
+        dtype=weights.to_dtype(stage.dtype),
+        monitor=_RayMonitor(str(job.out), rank=rank, show=job.progress),
+    )
+
+
+def _export(job: Job, home: Storage, folder: Path, model: Any, engine: Any) -> dict[str, str]:
+    """Write the model folder from rank 0; under ZeRO-3 all ranks give their parts."""
+    sharded = job.stage.zero_stage == 3
+    state = engine._zero3_consolidated_16bit_state_dict() if sharded else None
+    if ray.train.get_context().get_world_rank() != 0:
+        return {}
+    weights.save(model, folder, dtype=job.stage.dtype, state=state)
+    return home.upload(folder, MODEL_FOLDER)
+
+
+class _RayMonitor:
+    """Sends metrics to Ray Train and, from rank 0, to Prometheus and the log."""
+
+    def __init__(self, artifact: str, *, rank: int, show: bool) -> None:
+        self._rank, self._show, self._was_asked = rank, show, False
+        self._labels = {"artifact": artifact}
+        self._gauges = {
+            field: Gauge(metric.name, metric.description, metric.labels)
+            for field, metric in (
+                ("loss", observe.TRAIN_LOSS),
+                ("step", observe.TRAIN_STEP),
+                ("samples_per_s", observe.TRAIN_SAMPLES_PER_S),
+            )
+        }
+
+    def report(self, metrics: Metrics) -> None:
+        """Take the metrics of the last step."""
+        ray.train.report(dataclasses.asdict(metrics))
+        if self._rank != 0:
+            return
+        for field, gauge in self._gauges.items():
+            gauge.set(getattr(metrics, field), self._labels)
+        if self._show:
+            _log.info("%s: %s", self._labels["artifact"], describe(metrics))
+
+    def should_save(self) -> bool:
+        """Say, once, that Ray is about to lose a machine of this run."""
+        if self._was_asked or ray.train.get_preemption_info() is None:
+            return False
+        self._was_asked = True
+        return True
+
+
+def describe(metrics: Metrics) -> str:
+    """Return one line on how a run is doing."""
+    minutes, seconds = divmod(round(metrics.eta_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"step {metrics.step}/{metrics.total_steps} (epoch {metrics.epoch:.2f}), "
+        f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.3g}, "
+        f"grad norm {metrics.grad_norm:.3g}, {metrics.samples_per_s:.1f} samples/s, "
+        f"{metrics.tokens_per_s:.0f} tokens/s, {metrics.rejected} rejected, "
+        f"{hours}:{minutes:02d}:{seconds:02d} left"
+    )

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equal configs have equal fingerprints; a wrong file is refused with the place and the cure."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+
+from sg4v_ray.core.config import fingerprint, load, to_plain
+from sg4v_ray.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    size: int
+    rate: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    name: str
+    kind: Literal["a", "b"] = "a"
+    parts: tuple[Inner, ...] = ()
+    limit: int | None = None
+
+
+CONFIG = Outer(name="x", parts=(Inner(size=1), Inner(size=2, rate=0.1)), limit=3)
+
+
+def test_the_fingerprint_depends_on_values_alone() -> None:
+    assert fingerprint(CONFIG) == fingerprint(replace(CONFIG))
+    assert fingerprint(CONFIG) != fingerprint(replace(CONFIG, limit=4))
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+
+
+def test_the_fingerprint_is_the_same_in_every_release() -> None:
+    """A change here would make every finished artifact look drifted."""
+    assert fingerprint({"a": [1, 2.5, None, "x", True]}) == "309dd3b1a5da88d2"
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, object(), {1: "a"}], ids=repr)
+def test_a_value_without_a_stable_form_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError):
+        fingerprint(value)
+
+
+def test_a_config_loads_from_its_plain_form() -> None:
+    assert load(Outer, to_plain(CONFIG)) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        pytest.param({"name": "x", "limt": 3}, "no field 'limt'; did you mean 'limit'", id="typo"),
+        pytest.param({}, "needs the field 'name'", id="missing"),
+        pytest.param({"name": 3}, r"Outer\.name must be of type str, got 3", id="type"),
+        pytest.param({"name": "x", "kind": "c"}, r"Outer\.kind must be one of 'a', 'b'", id="kind"),
+        pytest.param({"name": "x", "limit": True}, r"Outer\.limit must be of type int", id="bool"),
+        pytest.param(
+            {"name": "x", "parts": [{"size": 1}, {"size": "2"}]},
+            r"Outer\.parts\[1\]\.size must be of type int, got '2'",
+            id="nested",
+        ),
+        pytest.param({"name": "x", "parts": 5}, r"Outer\.parts must be a list", id="list"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place(data: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(Outer, data)

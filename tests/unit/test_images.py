@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an untrusted image becomes: upright RGB, or a row with a precise reason."""
+
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sg4v_ray.core.images import ImageLimits, Rejected, open_image
+from sg4v_ray.core.rejects import Reject
+
+LIMITS = ImageLimits()
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def photo(width: int = 40, height: int = 30) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A legal PNG header of any size, with no pixels behind it."""
+    ihdr = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        pytest.param(b"", Reject.EMPTY_FILE, id="no bytes"),
+        pytest.param(b"hello, I am a text file", Reject.NOT_AN_IMAGE, id="text named .png"),
+        pytest.param(b"<svg xmlns='http://x'/>", Reject.NOT_AN_IMAGE, id="svg"),
+        pytest.param(encoded(photo(), "TIFF"), Reject.FORMAT_NOT_ALLOWED, id="tiff"),
+        pytest.param(encoded(photo(), "ICO"), Reject.FORMAT_NOT_ALLOWED, id="ico"),
+        pytest.param(encoded(photo(), "JPEG")[:-200], Reject.TRUNCATED, id="truncated jpeg"),
+        pytest.param(encoded(photo(), "PNG")[:-200], Reject.TRUNCATED, id="truncated png"),
+        pytest.param(encoded(photo(), "WEBP")[:-200], Reject.TRUNCATED, id="truncated webp"),
+        pytest.param(encoded(photo(), "BMP")[:-200], Reject.TRUNCATED, id="truncated bmp"),
+        pytest.param(png_header(60_000, 60_000), Reject.TOO_MANY_PIXELS, id="60,000 x 60,000"),
+        pytest.param(png_header(9_000, 9_000), Reject.TOO_MANY_PIXELS, id="below Pillow's own"),
+    ],
+)
+def test_what_cannot_be_shown_has_a_reason(data: bytes, reason: Reject) -> None:
+    found = open_image(data, LIMITS)
+    assert isinstance(found, Rejected)
+    assert found.reason is reason
+    assert found.detail
+
+
+def test_damage_inside_a_complete_file_is_corrupt_not_truncated() -> None:
+    data = bytearray(encoded(photo(), "PNG"))
+    data[60] ^= 0xFF
+    found = open_image(bytes(data), LIMITS)
+    assert isinstance(found, Rejected)
+    assert found.reason is Reject.CORRUPT
+
+
+def test_the_byte_limit_comes_before_everything() -> None:
+    found = open_image(b"\xff\xd8\xff" + b"0" * 100, ImageLimits(max_bytes=50))
+    assert isinstance(found, Rejected)
+    assert found.reason is Reject.TOO_MANY_BYTES
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_allowed_formats_become_rgb(kind: str) -> None:
+    image = open_image(encoded(photo(), kind), LIMITS)
+    assert isinstance(image, Image.Image)
+    assert (image.mode, image.size) == ("RGB", (40, 30))
+
+
+def test_exif_orientation_is_applied() -> None:
+    upright = Image.new("RGB", (20, 40), "white")
+    upright.paste((255, 0, 0), (0, 0, 20, 10))  # a red band at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to show
+    data = encoded(upright.rotate(90, expand=True), "JPEG", exif=exif, quality=95)
+    image = open_image(data, LIMITS)
+    assert isinstance(image, Image.Image)
+    assert image.size == (20, 40)
+    red, green, _ = image.getpixel((10, 3))
+    assert red > 200 and green < 60
+
+
+def test_cmyk_is_converted() -> None:
+    data = encoded(Image.new("RGB", (8, 8), (200, 30, 30)).convert("CMYK"), "JPEG", quality=95)
+    image = open_image(data, LIMITS)
+    assert isinstance(image, Image.Image)
+    assert np.abs(np.asarray(image).astype(int) - (200, 30, 30)).max() < 12
+
+
+def test_16_bit_grey_is_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(1, 64).repeat(2, axis=0)
+    image = open_image(encoded(Image.fromarray(ramp), "PNG"), LIMITS)
+    assert isinstance(image, Image.Image)
+    assert np.abs(np.asarray(image)[0, :, 0] - np.linspace(0, 255, 64)).max() <= 1
+
+
+def test_palette_keeps_its_colours() -> None:
+    data = encoded(Image.new("RGB", (8, 8), (10, 200, 90)).quantize(4), "PNG")
+    image = open_image(data, LIMITS)
+    assert isinstance(image, Image.Image)
+    assert image.getpixel((4, 4)) == (10, 200, 90)
+
+
+def test_transparency_lies_over_white() -> None:
+    see_through = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    image = open_image(encoded(see_through, "PNG"), LIMITS)
+    assert isinstance(image, Image.Image)
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_of_a_gif_the_first_frame_is_taken() -> None:
+    first, second = Image.new("RGB", (8, 8), "blue"), Image.new("RGB", (8, 8), "red")
+    data = encoded(first, "GIF", save_all=True, append_images=[second])
+    image = open_image(data, LIMITS)
+    assert isinstance(image, Image.Image)
+    assert image.getpixel((4, 4)) == (0, 0, 255)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Ray, one Serve, one application with two fake models, for all tests of this folder."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.handle import DeploymentHandle
+
+from serve.app import build
+from sg4v_ray.core.artifact import Ref, begin, commit
+from sg4v_ray.core.lease import hold
+from sg4v_ray.core.storage import Storage
+
+CONFIG = """
+limits: {max_body_bytes: 2000000, timeout_s: 20, image: {max_bytes: 1000000}}
+ingress_cpus: 0.5
+models:
+  - id: captioner
+    artifact: {name: captioner}
+    template: vicuna_v1
+    geometry: pad
+    engine: {kind: fake, capacity: 4, max_model_len: 400}
+    generation: {max_tokens: 60}
+    instruction: Describe it.
+    max_ongoing: 4
+    num_cpus: 0.5
+  - id: slow
+    artifact: {name: vlm}
+    template: vicuna_v1
+    geometry: square
+    engine: {kind: fake, capacity: 1, max_model_len: 400, latency_s: 0.2}
+    generation: {max_tokens: 60}
+    max_ongoing: 1
+    max_queued: 1
+    num_cpus: 0.5
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the application listens."""
+
+    url: str
+
+    @property
+    def client(self) -> openai.OpenAI:
+        """A client that does not try again: a test wants the first answer."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
+
+    def handle(self, model_id: str) -> DeploymentHandle:
+        """The deployment of a model, for looking at its engine."""
+        return serve.get_deployment_handle(model_id, app_name="sg4v")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _commit_model(root: Path, name: str, folder: Path) -> None:
+    storage, ref, config = Storage(str(root)), Ref(name=name), {"made": "for a test"}
+    home = begin(storage, ref, config)
+    with hold(home) as lease:
+        digests = home.upload(folder, "model")
+        commit(storage, ref, config=config, inputs={}, counts={}, digests=digests, lease=lease)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve")
+    for name in ("captioner", "vlm"):
+        _commit_model(folder / "root", name, tiny_model)
+    (folder / "serve.yaml").write_text(CONFIG)
+    app = build({"config": str(folder / "serve.yaml"), "root": str(folder / "root")})
+    port = _free_port()
+    ray.init(num_cpus=2, include_dashboard=False, namespace="serve", log_to_driver=False)
+    try:
+        http = HTTPOptions(host="127.0.0.1", port=port)
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http)
+        serve.run(app, name="sg4v", route_prefix="/")
+        yield Server(f"http://127.0.0.1:{port}")
+        serve.shutdown()
+    finally:
+        ray.shutdown()

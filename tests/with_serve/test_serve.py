@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The application over real HTTP through Ray Serve, with OpenAI's own client.
+
+The engines are fake. What is refused, and with which words, is in `tests/unit/test_serve_*`.
+"""
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from sg4v_ray.core.records import Turn
+from sg4v_ray.model.conversation import Conversation
+
+if TYPE_CHECKING:
+    from conftest import Server
+
+WAIT_S = 10.0
+
+
+def uri() -> str:
+    data = BytesIO()
+    Image.new("RGB", (30, 20), "teal").save(data, "PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def ask(words: str, *, url: str | None = None) -> list[Any]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": words}]
+    if url is not None:
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    return [{"role": "user", "content": parts}]
+
+
+def running(server: "Server", model_id: str) -> int:
+    stats = server.handle(model_id).stats.remote().result(timeout_s=WAIT_S)
+    return int(stats.running + stats.waiting)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, asking anew each time; a condition that never holds fails."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {WAIT_S:g} s"
+        threading.Event().wait(0.02)
+
+
+def test_both_models_are_listed(server: "Server") -> None:
+    models = {one.id: one for one in server.client.models.list()}
+    assert set(models) == {"captioner", "slow"}
+    assert server.client.models.retrieve("slow") == models["slow"]
+
+
+def test_a_chat_with_an_image(server: "Server", tiny_model: Path) -> None:
+    answer = server.client.chat.completions.create(
+        model="captioner", messages=ask("What is it?", url=uri()), max_tokens=12
+    )
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 12
+    prompt = Conversation.open(tiny_model, "vicuna_v1").prompt(
+        [Turn(role="user", text="What is it?")], num_images=1
+    )
+    assert answer.usage.prompt_tokens == len(prompt.token_ids) + 3  # an image takes 4 tokens
+
+
+def test_streaming_says_the_same_as_not_streaming(server: "Server") -> None:
+    question: dict[str, Any] = {"model": "captioner", "messages": ask("Describe.", url=uri())}
+    whole = server.client.chat.completions.create(**question)
+    stream = server.client.chat.completions.create(
+        **question, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = stream
+    spoken = "".join(one.choices[0].delta.content or "" for one in chunks)
+    assert spoken == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert (last.choices, last.usage) == ([], whole.usage)
+
+
+def test_several_turns(server: "Server") -> None:
+    first = ask("What is it?", url=uri())
+    answer = server.client.chat.completions.create(model="captioner", messages=first)
+    second = server.client.chat.completions.create(
+        model="captioner",
+        messages=[*first, answer.choices[0].message, *ask("What colour?")],  # type: ignore[list-item]
+    )
+    assert answer.usage is not None
+    assert second.usage is not None
+    assert second.usage.prompt_tokens > answer.usage.total_tokens
+
+
+def test_a_typed_image_token_is_text_and_no_image(server: "Server") -> None:
+    answer = server.client.chat.completions.create(
+        model="captioner", messages=ask("What is <image> here?"), max_tokens=2
+    )
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_an_unknown_model_is_404(server: "Server") -> None:
+    with pytest.raises(openai.NotFoundError, match="GET /v1/models"):
+        server.client.chat.completions.create(model="gpt-4", messages=ask("Hello"))
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("https://example.org/a.png", "invalid_image_url"),
+        ("data:image/png;base64,aGVsbG8=", "not_an_image"),
+    ],
+)
+def test_a_bad_image_is_400_and_the_next_request_is_answered(
+    server: "Server", url: str, code: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client.chat.completions.create(model="captioner", messages=ask("a", url=url))
+    assert caught.value.code == code
+    assert server.client.chat.completions.create(
+        model="captioner", messages=ask("What is it?", url=uri()), max_tokens=1
+    ).choices
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_body_that_is_too_large_is_413(server: "Server", chunked: bool) -> None:
+    body = json.dumps({"model": "captioner", "messages": ask("a" * 3_000_000)}).encode()
+
+    def in_pieces() -> Iterator[bytes]:
+        for i in range(0, len(body), 500_000):
+            yield body[i : i + 500_000]
+
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions",
+        content=in_pieces() if chunked else body,
+        headers={"content-type": "application/json"},
+        timeout=WAIT_S,
+    )
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_row(server: "Server", stream: bool) -> None:
+    body = {"model": "slow", "messages": ask(f"Slowly, {stream}", url=uri()), "stream": stream}
+    timeout = httpx.Timeout(WAIT_S, read=None if stream else 1.0)
+    with httpx.Client(timeout=timeout) as client:
+        if stream:
+            with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+                next(response.iter_lines())
+                assert running(server, "slow") == 1
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{server.url}/v1/chat/completions", json=body)
+    eventually(lambda: running(server, "slow") == 0)
+
+
+def test_a_full_queue_is_503_with_a_time_to_come_back(server: "Server") -> None:
+    body = {"model": "slow", "messages": ask("Slowly"), "stream": True}
+    url = f"{server.url}/v1/chat/completions"
+    with httpx.Client(timeout=WAIT_S) as client, client.stream("POST", url, json=body) as first:
+        next(first.iter_lines())
+        statuses: list[tuple[int, str | None]] = []
+
+        def post() -> None:
+            response = httpx.post(url, json={**body, "max_tokens": 1}, timeout=30)
+            statuses.append((response.status_code, response.headers.get("retry-after")))
+
+        others = [threading.Thread(target=post) for _ in range(3)]
+        for one in others:
+            one.start()
+        eventually(lambda: len(statuses) == 2)
+    for one in others:
+        one.join()
+    assert sorted(statuses, key=str) == [(200, None), (503, "1"), (503, "1")]
