@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import ray
 import tyro
@@ -52,7 +52,7 @@ def parse(doc: str | None, pick: Callable[[Line], T], args: Sequence[str]) -> tu
         raise ConfigError(f"the recipe {name!r} has no such step; `python -m jobs` lists them")
     where = Where(root=str(Path("runs", name).absolute()))
     settings = dataclasses.make_dataclass(
-        "Settings", [("step", _type_of(part)), ("where", Where)], frozen=True
+        "Settings", [("step", _flags_of(part)), ("where", Where)], frozen=True
     )
     given = tyro.cli(
         settings,
@@ -66,8 +66,9 @@ def parse(doc: str | None, pick: Callable[[Line], T], args: Sequence[str]) -> tu
 
 
 def _recipe_name(doc: str | None, args: Sequence[str]) -> tuple[str, list[str]]:
-    known = "\n".join(f"  {key:24} {(make.__doc__ or '').splitlines()[0]}" for key, make in
-                      RECIPES.items())
+    known = "\n".join(
+        f"  {key:24} {(make.__doc__ or '').splitlines()[0]}" for key, make in RECIPES.items()
+    )
     if not args or args[0] in ("-h", "--help"):
         print(f"{(doc or '').strip()}\n\nFirst a recipe, then flags (RECIPE --help):\n{known}")
         sys.exit(0 if args else 2)
@@ -76,8 +77,11 @@ def _recipe_name(doc: str | None, args: Sequence[str]) -> tuple[str, list[str]]:
     return args[0], list(args[1:])
 
 
-def _type_of(part: Any) -> Any:
-    return tuple[type(part[0]), ...] if isinstance(part, tuple) else type(part)
+def _flags_of(part: Any) -> Any:
+    """Return the type from which tyro makes flags: a single step's have no prefix."""
+    if isinstance(part, tuple):
+        return tuple[type(part[0]), ...]
+    return Annotated[type(part), tyro.conf.arg(name="")]
 
 
 def in_ray_job() -> bool:

@@ -9,7 +9,7 @@ from sg4v_ray.core.artifact import Manifest
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset import build
 from sg4v_ray.evaluation import run as evaluation
-from sg4v_ray.recipes import easy_vqa_teacher
+from sg4v_ray.recipes import easy_vqa_teacher, embedded
 from sg4v_ray.recipes.line import (
     CaptionStep,
     CollectStep,
@@ -20,7 +20,6 @@ from sg4v_ray.recipes.line import (
     TrainStep,
 )
 from sg4v_ray.sources import index
-from sg4v_ray.training import launch
 
 
 def index_images(step: IndexStep, where: Where) -> Manifest:
@@ -56,13 +55,17 @@ def build_dataset(step: DatasetStep, where: Where) -> Manifest:
 
 def train(step: TrainStep, where: Where) -> Manifest:
     """Train the model of a step."""
+    from sg4v_ray.training import launch  # torch: drivers that only caption do without
+
     return launch.run(
         step.config, start=step.start, dataset=step.dataset, out=step.out, where=where
     )
 
 
 def caption_images(step: CaptionStep, where: Where) -> Manifest:
-    """Caption the images of a step."""
+    """Caption the images of a step; the embedded captioner is copied below the root first."""
+    if step.captioner == embedded.CAPTIONER:
+        embedded.install_captioner(where.storage)
     return bulk.run(
         step.config,
         engine=step.engine,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: train the projector alone (stage 0).
 
-    python -m jobs.align RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.align RECIPE --where.root $PWD/runs
+python -m jobs.align RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.align RECIPE --where.root $PWD/runs
 """
 
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: build the training data of a recipe from finished captions and questions.
 
-    python -m jobs.build_dataset RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.build_dataset RECIPE --where.root $PWD/runs
+python -m jobs.build_dataset RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.build_dataset RECIPE --where.root $PWD/runs
 """
 
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: caption every indexed image with the captioner.
 
-    python -m jobs.caption_images RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.caption_images RECIPE --where.root $PWD/runs
+python -m jobs.caption_images RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.caption_images RECIPE --where.root $PWD/runs
 """
 
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: collect captions from the teacher.
 
-    python -m jobs.collect_captions RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.collect_captions RECIPE --where.root $PWD/runs
+python -m jobs.collect_captions RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.collect_captions RECIPE --where.root $PWD/runs
 """
 
 import sys

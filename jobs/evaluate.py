@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: ask the model every test question and score its answers.
 
-    python -m jobs.evaluate RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.evaluate RECIPE --where.root $PWD/runs
+python -m jobs.evaluate RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.evaluate RECIPE --where.root $PWD/runs
 """
 
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: fine-tune on questions and answers (stage 2).
 
-    python -m jobs.finetune RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.finetune RECIPE --where.root $PWD/runs
+python -m jobs.finetune RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.finetune RECIPE --where.root $PWD/runs
 """
 
 import sys

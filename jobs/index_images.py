@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: index the images of a recipe (metadata only, one row an image).
 
-    python -m jobs.index_images RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.index_images RECIPE --where.root $PWD/runs
+python -m jobs.index_images RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.index_images RECIPE --where.root $PWD/runs
 """
 
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: index the questions of a recipe.
 
-    python -m jobs.index_questions RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.index_questions RECIPE --where.root $PWD/runs
+python -m jobs.index_questions RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.index_questions RECIPE --where.root $PWD/runs
 """
 
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: pretrain on the captioner's captions (stage 1).
 
-    python -m jobs.pretrain RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.pretrain RECIPE --where.root $PWD/runs
+python -m jobs.pretrain RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.pretrain RECIPE --where.root $PWD/runs
 """
 
 import sys

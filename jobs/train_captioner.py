@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray job: train the captioner on the teacher's captions.
 
-    python -m jobs.train_captioner RECIPE [--where.root PATH_OR_URI] [flags]
-    ray job submit --working-dir . -- python -m jobs.train_captioner RECIPE --where.root $PWD/runs
+python -m jobs.train_captioner RECIPE [--where.root PATH_OR_URI] [flags]
+ray job submit --working-dir . -- python -m jobs.train_captioner RECIPE --where.root $PWD/runs
 """
 
 import sys

@@ -150,7 +150,7 @@ class ServeConfig:
     """Processes that answer HTTP, decode images and tokenise."""
     ingress_cpus: float = 1.0
     """CPUs that each of them reserves."""
-    cache: str = "/tmp/sg4v-models"
+    cache: str = "~/.cache/sg4v-models"
     """Folder of a node's local disk for weights; not used when the root is local."""
 
     def __post_init__(self) -> None:

@@ -62,8 +62,9 @@ class Handles:
             with as_api_errors():
                 async for piece in pieces:
                     yield piece
-        finally:
-            pieces.cancel()
+        except (GeneratorExit, asyncio.CancelledError):
+            pieces.cancel()  # of a request that failed by itself, this would raise its error again
+            raise
 
     async def complete(self, model_id: str, job: Job) -> Piece:
         """Return an answer whole; cancelling this aborts it in the engine."""

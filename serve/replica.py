@@ -39,7 +39,7 @@ class Served:
         digests = {name: self.digests[name] for name in names} if names else self.digests
         storage = Storage(self.config.root)
         folder = f"{self.config.artifact.path}/model"
-        return storage.localise(folder, cache=Path(cache), digests=digests)
+        return storage.localise(folder, cache=Path(cache).expanduser(), digests=digests)
 
 
 class Replica:

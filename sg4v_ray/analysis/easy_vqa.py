@@ -39,8 +39,9 @@ def official(questions: Iterable[Question]) -> dict[str, Official]:
             _narrow(words, one)
             if not words:
                 raise ContractError(f"the questions about {one.image_id} contradict each other")
-    return {key: Official(_only(shapes), _only(colours)) for key, (shapes, colours) in
-            possible.items()}
+    return {
+        key: Official(_only(shapes), _only(colours)) for key, (shapes, colours) in possible.items()
+    }
 
 
 def _only(words: set[str]) -> str | None:

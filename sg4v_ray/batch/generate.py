@@ -33,16 +33,16 @@ class ModelSource:
 
     root: str
     ref: Ref
-    cache: str = "/tmp/sg4v-models"
+    cache: str = "~/.cache/sg4v-models"
     """Folder of a node's local disk; not used when the root is local."""
 
     def localise(self) -> Path:
         """Return the model folder on this node, its checksums verified."""
         storage = Storage(self.root)
         manifest = find(storage, self.ref)
-        return storage.localise(
-            f"{self.ref.path}/{MODEL_FOLDER}", cache=Path(self.cache), digests=manifest.digests
-        )
+        cache = Path(self.cache).expanduser()
+        path = f"{self.ref.path}/{MODEL_FOLDER}"
+        return storage.localise(path, cache=cache, digests=manifest.digests)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +114,7 @@ class Generate:
         self._loop = LoopThread("engine")
         self._engine = open_engine(engine, folder, threads=threads)
         self._loop.run(self._engine.start())
+        tally.ready.remote()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Answer every row that has an image; pass on the reason of every row that has none."""

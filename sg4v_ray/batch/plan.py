@@ -28,7 +28,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sg4v_ray.batch.tally import Tally, show_progress
+from sg4v_ray.batch.tally import Speed, Tally, show_progress
 from sg4v_ray.core.errors import ArtifactCorrupt, ConfigError
 from sg4v_ray.core.rows import ROWS, read_columns
 from sg4v_ray.core.storage import Storage
@@ -76,7 +76,9 @@ class Work:
     """The record class of the rows that come out."""
 
 
-def run(*, index: Storage, home: Storage, work: Work, flow: Flow, where: Where) -> pa.Table:
+def run(
+    *, index: Storage, home: Storage, work: Work, flow: Flow, where: Where
+) -> tuple[pa.Table, Speed]:
     """Send every row of `index` through `work` once; return the rows' outcome columns.
 
     Args:
@@ -85,7 +87,8 @@ def run(*, index: Storage, home: Storage, work: Work, flow: Flow, where: Where) 
             from what lies there.
 
     Returns:
-        A table of `id`, `num_tokens` and `reject` of every row, checked by `verify`.
+        A table of `id`, `num_tokens` and `reject` of every row, checked by `verify`, and how
+        fast this run was.
 
     Raises:
         ArtifactCorrupt: an id is missing or double in the output.
@@ -95,6 +98,7 @@ def run(*, index: Storage, home: Storage, work: Work, flow: Flow, where: Where) 
     checkpoint = home.sub(_CHECKPOINT)
     _wait_for_old_writers(home)
     wanted = read_columns(index, ["id"])["id"]
+    speed = Speed()
     if _anything_left(attempt, checkpoint, wanted):
         check_cluster(where)
         mark = uuid.uuid4().hex
@@ -102,9 +106,10 @@ def run(*, index: Storage, home: Storage, work: Work, flow: Flow, where: Where) 
         done = len(wanted) - len(_missing(attempt, wanted))
         with _protected(checkpoint), show_progress(home, done, len(wanted), where) as tally:
             _execute(index, attempt, work, flow, where, tally, mark)
+            speed = ray.get(tally.speed.remote())
     outcome = read_columns(attempt, ["id", "num_tokens", "reject"])
     verify(wanted, outcome["id"], where=attempt.root)
-    return outcome
+    return outcome, speed
 
 
 def drop_checkpoint(home: Storage) -> None:

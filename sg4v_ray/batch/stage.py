@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stage that writes one row for every row of an index: lease, plan, budget, count, manifest."""
 
+import dataclasses
 import json
-import time
 from collections import Counter
 from typing import Any
 
@@ -48,8 +48,7 @@ def write_rows(
         return find(storage, out)
     home = begin(storage, out, identity, inputs=inputs)
     with hold(home) as lease:
-        started = time.monotonic()
-        outcome = plan.run(index=index, home=home, work=work, flow=flow, where=where)
+        outcome, speed = plan.run(index=index, home=home, work=work, flow=flow, where=where)
         reasons = Counter(one for one in outcome["reject"].to_pylist() if one is not None)
         budget.check(rejected=reasons.total(), total=len(outcome))
         attempt = plan.FIRST_ATTEMPT
@@ -66,7 +65,7 @@ def write_rows(
                 **{f"rejected_{reason}": count for reason, count in sorted(reasons.items())},
             },
             attempts=(attempt,),
-            facts={"last_run_s": round(time.monotonic() - started, 1)},
+            facts=dataclasses.asdict(speed),
             lease=lease,
         )
     plan.drop_checkpoint(home)

@@ -4,6 +4,7 @@
 import logging
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,19 +30,38 @@ class Progress:
     rejects: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast one run was, from the first actor ready to the last row; None if it had no rows.
+
+    Measured between the first and the last row an engine would look faster than it is: its
+    first rows all finish late and together.
+    """
+
+    rows_in_last_run: int = 0
+    rows_per_s: float | None = None
+
+
 class Tally:
     """Ray actor that adds up what the work actors report, and exports it to Prometheus."""
 
     def __init__(self, artifact: str) -> None:
         self._progress = Progress()
+        self._ready_s: float | None = None
+        self._last_s = 0.0
         self._labels = {"artifact": artifact}
         self._rows, self._tokens, self._rejected = (
             MetricCounter(one.name, one.description, one.labels)
             for one in (observe.ROWS, observe.TOKENS, observe.ROWS_REJECTED)
         )
 
+    def ready(self) -> None:
+        """Note that a work actor can take its first row."""
+        self._ready_s = self._ready_s or time.monotonic()
+
     def add(self, rows: int, tokens: int, rejects: list[str]) -> None:
         """Count the rows, generated tokens and reject reasons of one batch."""
+        self._last_s = time.monotonic()
         self._progress.rows += rows
         self._progress.tokens += tokens
         self._progress.rejects.update(rejects)
@@ -54,6 +74,13 @@ class Tally:
     def read(self) -> Progress:
         """Return the counts so far."""
         return self._progress
+
+    def speed(self) -> Speed:
+        """Return how fast the rows so far were made."""
+        rows = self._progress.rows
+        if self._ready_s is None or not rows:
+            return Speed()
+        return Speed(rows, round(rows / max(1e-3, self._last_s - self._ready_s), 2))
 
 
 @contextmanager
@@ -100,8 +127,6 @@ def show_progress(
 def _draw(bar: "tqdm[None]", progress: Progress, done: int, total: int) -> None:
     seconds = bar.format_dict["elapsed"]
     rate = progress.tokens / seconds if seconds else 0.0
-    bar.set_postfix_str(
-        f"{rate:.0f} tokens/s, {progress.rejects.total()} rejected", refresh=False
-    )
+    bar.set_postfix_str(f"{rate:.0f} tokens/s, {progress.rejects.total()} rejected", refresh=False)
     bar.n = min(total, done + progress.rows)
     bar.refresh()

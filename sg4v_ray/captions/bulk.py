@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from sg4v_ray.batch import plan
-from sg4v_ray.batch.generate import GenerateConfig, Generate, ModelSource
+from sg4v_ray.batch.generate import Generate, GenerateConfig, ModelSource
 from sg4v_ray.batch.pixels import ModelPixels, add_images
 from sg4v_ray.batch.stage import image_size, input_fingerprints, write_rows
 from sg4v_ray.core.artifact import Manifest, Ref

@@ -63,6 +63,7 @@ class AskTeacher:
         text = prompt(config.prompt).text
         self._teacher = Teacher(config, endpoint, key=endpoint.key(), prompt=text)
         self._slots = asyncio.Semaphore(endpoint.max_in_flight)
+        tally.ready.remote()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """Ask for every row that has an image; pass on the reason of every row that has none."""

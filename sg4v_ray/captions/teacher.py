@@ -36,8 +36,8 @@ class Endpoint:
 
     base_url: str
     """E.g. https://api.openai.com/v1."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable of the worker nodes that holds the key."""
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """Environment variable, on the nodes, that holds the key; None for a teacher without keys."""
     timeout_s: float = 120.0
     max_in_flight: int = 32
     """Requests that one actor keeps open at once."""
@@ -49,6 +49,8 @@ class Endpoint:
         Raises:
             ConfigError: the variable is not set.
         """
+        if self.api_key_env is None:
+            return "no-key"
         value = os.environ.get(self.api_key_env, "")
         if not value:
             raise ConfigError(

@@ -142,12 +142,12 @@ class Storage:
         return filesystem, inside
 
     def upload(self, folder: Path, path: str) -> dict[str, str]:
-        """Copy a local folder to `path`; return sha256 hex digests by relative file name."""
+        """Copy a local folder to `path` ('' is the root); return sha256 hex digests by file name."""
         digests = {}
         for file in sorted(one for one in folder.rglob("*") if one.is_file()):
             name = file.relative_to(folder).as_posix()
             digests[name] = sha256_of(file)
-            obstore.put(self.open(), f"{path}/{name}", file)
+            obstore.put(self.open(), f"{path}/{name}" if path else name, file)
         return digests
 
     def localise(self, path: str, *, cache: Path, digests: dict[str, str]) -> Path:

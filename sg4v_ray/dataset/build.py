@@ -81,7 +81,7 @@ def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
         if not counts["samples"]:
             raise ContractError(f"{out} would be empty: every row of {refs} was rejected")
         (Path(folder) / CARD).write_text(card(str(out), inputs, counts))
-        digests = home.upload(Path(folder), ".")
+        digests = home.upload(Path(folder), "")
         return commit(
             storage,
             out,

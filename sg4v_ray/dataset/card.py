@@ -15,7 +15,9 @@ def card(name: str, inputs: Mapping[str, str], counts: Mapping[str, int]) -> str
     lines += ["| made from | fingerprint |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in inputs.items()]
     for title, prefix in (("source", "samples_"), ("left out because", "left_out_")):
-        rows = [(key.removeprefix(prefix), n) for key, n in counts.items() if key.startswith(prefix)]
+        rows = [
+            (key.removeprefix(prefix), n) for key, n in counts.items() if key.startswith(prefix)
+        ]
         if rows:
             lines += ["", f"| {title} | rows |", "|---|---|"]
             lines += [f"| {key} | {number} |" for key, number in sorted(rows)]

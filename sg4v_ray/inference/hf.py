@@ -185,7 +185,9 @@ class HFEngine:
                 stopping_criteria=StoppingCriteriaList([_Steps(self, rows)]),
             )
         finished: list[tuple[_Row, Delta]] = []
-        for row, tokens in zip(rows, whole_BT[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+        for row, tokens in zip(
+            rows, whole_BT[:, inputs["input_ids"].shape[1] :].tolist(), strict=True
+        ):
             made = tokens[:limit]
             reason: FinishReason = "length"
             if self._rules.eos_token in made:

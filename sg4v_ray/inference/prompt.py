@@ -60,7 +60,8 @@ class PromptRules:
 
         Raises:
             ImageTokenMismatch: placeholders and images differ in number.
-            EngineError: the prompt fills the context, or an image has another size.
+            EngineError: the prompt fills the context, or holds what would break its whole batch:
+                no token, a token outside the vocabulary, an image of another size.
         """
         check_request(request, image_token=self.image_token)
         for image in request.images:
@@ -69,14 +70,20 @@ class PromptRules:
                     f"an image has the shape {image.shape}, the model sees {self.image_size} x "
                     f"{self.image_size} x 3; make it with model.geometry.as_model_sees"
                 )
+        if not request.token_ids:
+            raise EngineError("the prompt is empty; it needs at least a begin token")
+        if not 0 <= min(request.token_ids) <= max(request.token_ids) < self.vocab_size:
+            raise EngineError(
+                f"the prompt has token ids from {min(request.token_ids)} to "
+                f"{max(request.token_ids)}, the vocabulary {self.vocab_size}; tokenise with the "
+                "model's own tokenizer.json"
+            )
         length = len(request.token_ids) + len(request.images) * (self.num_image_tokens - 1)
         if length >= self.max_len:
             raise EngineError(
                 f"the prompt has {length} tokens with its images, the context {self.max_len}; "
                 "shorten it or raise EngineConfig.max_model_len"
             )
-        if not request.token_ids:
-            raise EngineError("the prompt is empty; it needs at least a begin token")
         return min(request.generation.max_tokens, self.max_len - length)
 
     def expand(self, token_ids: tuple[int, ...]) -> list[int]:

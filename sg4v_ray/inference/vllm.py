@@ -7,6 +7,7 @@ its output queue is full) must not stop the accelerator.
 
 import asyncio
 import itertools
+import multiprocessing
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -14,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from PIL import Image
 
@@ -24,7 +25,12 @@ from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.inference.prompt import PromptRules, refuse_beams
 
 T = TypeVar("T")
-_Put = Callable[[Delta | EngineError], object]
+
+_GRACE_S: Final = 30.0
+"""How long vLLM's processes may take to end by themselves before vLLM kills them. Its own default
+of 5 s is too short for a busy machine, and a killed core leaves shared memory behind."""
+
+_Put = Callable[[Delta | EngineError], None]
 
 
 class VLLMEngine:
@@ -70,7 +76,11 @@ class VLLMEngine:
         refuse_beams(request, kind="vllm")
         limit = self._rules.check(request)
         deltas: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
-        put = partial(asyncio.get_running_loop().call_soon_threadsafe, deltas.put_nowait)
+        caller = asyncio.get_running_loop()
+
+        def put(item: Delta | EngineError) -> None:
+            caller.call_soon_threadsafe(deltas.put_nowait, item)
+
         pump = self._submit(self._pump(request, limit, put))
         self._pumps[pump] = put
         pump.add_done_callback(partial(_report, put))
@@ -100,6 +110,8 @@ class VLLMEngine:
             pump.cancel()
             put(EngineError("the engine was closed while the request ran"))
         await asyncio.wrap_future(self._submit(self._shut_down()))
+        for process in self._processes:  # ended by now, but not yet reaped
+            await asyncio.to_thread(process.join)
         await self._stop_loop()
 
     def _set_environment(self) -> None:
@@ -140,7 +152,9 @@ class VLLMEngine:
             generation_config="vllm",  # nothing but what a request asks for
             disable_log_stats=True,
         )
+        others = set(multiprocessing.active_children())
         self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._steps.attach])
+        self._processes = set(multiprocessing.active_children()) - others
 
     async def _pump(self, request: Request, limit: int, put: _Put) -> None:
         """Run one request on vLLM's loop and pass on what it makes."""
@@ -159,7 +173,7 @@ class VLLMEngine:
                 put(Delta(tuple(made.token_ids), made.finish_reason))
 
     async def _shut_down(self) -> None:
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=_GRACE_S)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()

@@ -7,11 +7,12 @@ DeepSpeed waits for gradients that do not come.
 """
 
 from dataclasses import dataclass
-from typing import Final
-
-from transformers import LlavaForConditionalGeneration
+from typing import TYPE_CHECKING, Final
 
 from sg4v_ray.core.errors import ConfigError
+
+if TYPE_CHECKING:  # recipes hold plans and must not import torch
+    from transformers import LlavaForConditionalGeneration
 
 _TOWER: Final = "model.vision_tower."
 _BLOCKS: Final = "model.vision_tower.encoder.layers."
@@ -51,7 +52,7 @@ FINETUNE: Final = FreezePlan(projector=True, language_model=True, vision_from_bl
 """ShareGPT4V's: the vision tower is frozen again."""
 
 
-def trainable(model: LlavaForConditionalGeneration, parts: FreezePlan) -> tuple[str, ...]:
+def trainable(model: "LlavaForConditionalGeneration", parts: FreezePlan) -> tuple[str, ...]:
     """Return the names of the parameters that train, in the model's order.
 
     Raises:
@@ -66,13 +67,11 @@ def trainable(model: LlavaForConditionalGeneration, parts: FreezePlan) -> tuple[
         )
     dead = set(dead_parameters(model))
     return tuple(
-        name
-        for name, _ in model.named_parameters()
-        if name not in dead and _trains(name, parts)
+        name for name, _ in model.named_parameters() if name not in dead and _trains(name, parts)
     )
 
 
-def freeze(model: LlavaForConditionalGeneration, parts: FreezePlan) -> tuple[str, ...]:
+def freeze(model: "LlavaForConditionalGeneration", parts: FreezePlan) -> tuple[str, ...]:
     """Set `requires_grad` as the plan says; return the names of what trains."""
     names = trainable(model, parts)
     chosen = set(names)
@@ -81,7 +80,7 @@ def freeze(model: LlavaForConditionalGeneration, parts: FreezePlan) -> tuple[str
     return names
 
 
-def dead_parameters(model: LlavaForConditionalGeneration) -> tuple[str, ...]:
+def dead_parameters(model: "LlavaForConditionalGeneration") -> tuple[str, ...]:
     """Return the names of parameters behind the layer that features are taken from."""
     used = _used_blocks(model)
     return tuple(
@@ -102,7 +101,7 @@ def _trains(name: str, parts: FreezePlan) -> bool:
     return parts.vision_embeddings
 
 
-def _used_blocks(model: LlavaForConditionalGeneration) -> int:
+def _used_blocks(model: "LlavaForConditionalGeneration") -> int:
     # Hidden state 0 is what enters block 0, and -1 is what leaves the last block.
     blocks = model.config.vision_config.num_hidden_layers
     return int(blocks + 1 + model.config.vision_feature_layer)

@@ -23,7 +23,7 @@ CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR: Final = (122, 116, 104)
 """`int(mean * 255)` of each channel, truncated as LLaVA does."""
 
-_LONGEST: Final = 16_384
+_LONGEST: Final = 8_192
 """Longest side that `pad` takes as it is. Beyond it (a strip of 50 million x 1 is a legal PNG) the
 work would grow with its square."""
 _BAND_ROWS: Final = 256

@@ -7,6 +7,7 @@ training and HFEngine, equal to the bit to what the saved processor makes inside
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,13 @@ from transformers import (
 from sg4v_ray.core.errors import ConfigError, ContractError
 from sg4v_ray.model.config import BOS_TOKEN_ID, EOS_TOKEN_ID, ModelConfig
 from sg4v_ray.model.geometry import CLIP_MEAN, CLIP_STD, Geometry
+
+_SPECIALS: Final = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+}
 
 
 def save_processor(
@@ -46,10 +54,7 @@ def save_processor(
     """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file),
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
+        **_SPECIALS,
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
         model_max_length=config.max_positions,

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from sg4v_ray.core.errors import ConfigError, WeightsError
 from sg4v_ray.model.config import ModelConfig, to_transformers
@@ -79,7 +79,9 @@ def load(folder: Path, *, dtype: str) -> LlavaForConditionalGeneration:
         _listed("misshapen", [" ".join(map(str, one)) for one in report["mismatched_keys"]]),
     ]
     if any(problems):
-        raise WeightsError(f"{folder} does not fit its config.json: " + "; ".join(filter(None, problems)))
+        raise WeightsError(
+            f"{folder} does not fit its config.json: {'; '.join(filter(None, problems))}"
+        )
     return model.eval()
 
 
@@ -102,12 +104,15 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = model.state_dict() if state is None else state
     published = {_published(name): value.to(kind).contiguous() for name, value in tensors.items()}
-    save_torch_state_dict(
-        published, folder, max_shard_size=_SHARD_SIZE, metadata={"format": "pt"}
-    )
+    save_torch_state_dict(published, folder, max_shard_size=_SHARD_SIZE, metadata={"format": "pt"})
     fields = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": dtype}
     type(model.config).from_dict(fields).save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    text = model.config.text_config
+    GenerationConfig(
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+    ).save_pretrained(folder)
 
 
 def _published(name: str) -> str:

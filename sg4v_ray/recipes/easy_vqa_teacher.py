@@ -120,72 +120,51 @@ def _tint(background: NDArray[np.float64]) -> Tint:
     return tints[int(background.argmin())]
 
 
-_TRAITS: Final[dict[Shape, tuple[str, ...]]] = {
-    "circle": ("a round outline", "no corners"),
-    "rectangle": ("four corners", "four straight sides"),
-    "triangle": ("three corners", "three straight sides"),
-}
+_CORNERS: Final[dict[Shape, str]] = {"circle": "no", "rectangle": "four", "triangle": "three"}
 _SENTENCES: Final = (
-    "A {size} {color} {shape} {sits} {where} of the {image}, on a {pale} background.",
-    "The {image} shows a {color} {shape}. It is {size}, {where}, and the background is {pale}.",
-    "On a {pale} background there is a {color} {shape}. It is {size} and {sits} {where}.",
-    "The shape in this {image} is a {shape}. Its color is {color}, it is {size}, and it {sits}"
-    " {where} of a {pale} background.",
-    "The color of the shape is {color}. It is a {size} {shape} {where}, on a {pale} background.",
-    "A {shape} filled with {color} {sits} {where} of the {image}. It looks {size} against the"
-    " {pale} background.",
-    "This {image} contains a {shape} with {trait}. It is {color}, {size}, and {sits} {where} of"
-    " a {pale} background.",
-    "A shape with {trait}, a {color} {shape}, {sits} {where}. It is {size} and the background is"
-    " {pale}.",
-    "The {image} contains something {color}: a {shape} with {trait}. It is {size}, {where} of"
-    " the {pale} background.",
-    "{Where} of the {image} there is a {shape}. The color is {color}, the background is {pale},"
-    " and it looks {size}.",
+    "A {size} {color} {shape} {where} on a pale background.",
+    "A {color} {shape}, {size}, {where} on a pale background.",
+    "A {shape} in {color}. It is {size} and sits {where} on a pale background.",
+    "The image shows a {shape}. It is {color} and {size}, and it sits {where}.",
+    "{Where} of this pale image there is a {size} {color} {shape}.",
+    "The color is {color}, the shape is a {shape}. It looks {size} and sits {where}.",
+    "A shape with {corners} corners: a {color} {shape}, {size}, {where} on a pale background.",
 )
 
 
 def describe(facts: Facts, rng_seed: int) -> str:
     """Put the facts into one of many wordings, equal for equal seeds; 12 to 30 words."""
-    rng = random.Random(rng_seed)
-    where = rng.choice(_where(facts))
-    return rng.choice(_SENTENCES).format(
+    where = _where(facts)
+    return random.Random(rng_seed).choice(_SENTENCES).format(
         shape=facts.shape,
         color=facts.color,
         size=facts.size,
+        corners=_CORNERS[facts.shape],
         where=where,
         Where=where.capitalize(),
-        trait=rng.choice(_TRAITS[facts.shape]),
-        pale=f"pale {facts.tint}",
-        image=rng.choice(("image", "picture")),
-        sits=rng.choice(("sits", "is")),
     )
 
 
-def _where(facts: Facts) -> tuple[str, str]:
+def _where(facts: Facts) -> str:
     match facts.row, facts.column:
         case "middle", "middle":
-            return "in the center", "near the center"
+            return "in the center"
         case row, "middle":
-            return f"at the {row}", f"near the {row}"
+            return f"at the {row}"
         case "middle", column:
-            return f"on the {column}", f"near the {column}"
+            return f"on the {column}"
         case row, column:
-            return f"in the {row} {column}", f"near the {row} {column} corner"
-
-
-class _ImageUrl(BaseModel):
-    url: str
+            return f"in the {row} {column}"
 
 
 class _TextPart(BaseModel):
-    type: Literal["text"]
+    type: Literal["text"] = "text"
     text: str
 
 
 class _ImagePart(BaseModel):
     type: Literal["image_url"]
-    image_url: _ImageUrl
+    image_url: dict[str, str]
 
 
 class _Message(BaseModel):
@@ -205,7 +184,6 @@ class _BadRequest(ValueError):
 
 MODEL_NAME: Final = "easy-vqa-teacher"
 _LIMITS: Final = ImageLimits(max_bytes=2**20, max_pixels=2**20)
-_PREFIX: Final = "base64,"
 _IMAGE_TOKENS: Final = 64  # a fixed figure for `usage`, so that budgets have something to count
 
 
@@ -242,17 +220,18 @@ async def _bad_request(_: object, error: Exception) -> JSONResponse:
     return JSONResponse({"error": body}, status_code=400)
 
 
+def _parts(request: _Request) -> list[_TextPart | _ImagePart]:
+    contents = (message.content for message in request.messages)
+    return [part for c in contents for part in ([_TextPart(text=c)] if isinstance(c, str) else c)]
+
+
 def _only_image(request: _Request) -> bytes:
     urls = [
-        part.image_url.url
-        for message in request.messages
-        if not isinstance(message.content, str)
-        for part in message.content
-        if isinstance(part, _ImagePart)
+        part.image_url.get("url", "") for part in _parts(request) if isinstance(part, _ImagePart)
     ]
     if len(urls) != 1:
         raise _BadRequest(f"a request needs exactly one image, this one has {len(urls)}")
-    header, found, payload = urls[0].partition(_PREFIX)
+    header, found, payload = urls[0].partition("base64,")
     if not header.startswith("data:image/") or not found:
         raise _BadRequest("an image must come as a base64 data:image/ URI")
     try:
@@ -270,8 +249,10 @@ def _decode(data: bytes) -> Image.Image:
 
 def _completion(request: _Request, text: str, digest: str) -> dict[str, Any]:
     """Fill the shape of an OpenAI chat completion; tokens are counted as words."""
-    asked = _IMAGE_TOKENS + sum(len(_text(message).split()) for message in request.messages)
-    answered = len(text.split())
+    texts = [part.text for part in _parts(request) if isinstance(part, _TextPart)]
+    asked, answered = _IMAGE_TOKENS + len(" ".join(texts).split()), len(text.split())
+    total = asked + answered
+    usage = {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": total}
     message = {"role": "assistant", "content": text, "refusal": None}
     return {
         "id": f"chatcmpl-{digest[:24]}",
@@ -279,18 +260,8 @@ def _completion(request: _Request, text: str, digest: str) -> dict[str, Any]:
         "created": int(time.time()),
         "model": request.model,
         "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
-        "usage": {
-            "prompt_tokens": asked,
-            "completion_tokens": answered,
-            "total_tokens": asked + answered,
-        },
+        "usage": usage,
     }
-
-
-def _text(message: _Message) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    return " ".join(part.text for part in message.content if isinstance(part, _TextPart))
 
 
 @contextmanager

@@ -105,8 +105,6 @@ class Line:
     datasets: tuple[DatasetStep, ...] = ()
     align: TrainStep | None = None
     captioner: TrainStep | None = None
-    embedded_captioner: bool = False
-    """Caption with the captioner that comes with this package, not with one of this line."""
     caption: CaptionStep | None = None
     pretrain: TrainStep | None = None
     finetune: TrainStep | None = None

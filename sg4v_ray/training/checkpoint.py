@@ -45,6 +45,8 @@ class Progress:
     """Loss of each step."""
     grad_norms: tuple[float, ...] = ()
     """Gradient norm of each step, before clipping."""
+    resumed_at: tuple[int, ...] = ()
+    """Steps at which a run took over from one that was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +137,9 @@ def resume(home: Storage, engine: Any) -> Progress:
             ) from error
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     _log.info("resumed from checkpoint %s", checkpoint.name)
-    return checkpoint.progress
+    return dataclasses.replace(
+        checkpoint.progress, resumed_at=(*checkpoint.progress.resumed_at, checkpoint.progress.step)
+    )
 
 
 def _prune(home: Storage) -> None:

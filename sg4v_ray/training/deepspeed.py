@@ -4,6 +4,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import deepspeed
 from torch import nn
 
 from sg4v_ray.training.config import StageConfig
@@ -61,3 +62,17 @@ def groups(
         {"params": plain, "weight_decay": 0.0},
     )
     return [group for group in made if group["params"]]
+
+
+def initialise(model: nn.Module, config: StageConfig, *, world_size: int, gpu: bool) -> Any:
+    """Return DeepSpeed's engine around a model whose frozen parameters are set."""
+    # On CPUs DeepSpeed would compile a shared-memory all-reduce that training never calls: two
+    # minutes at the first start, and a worker killed meanwhile leaves a lock on which every later
+    # one waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=groups(model.named_parameters(), weight_decay=config.weight_decay),
+        config=settings(config, world_size=world_size, gpu=gpu),
+    )
+    return engine

@@ -27,7 +27,7 @@ from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.training import checkpoint, worker
-from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.config import Fresh, StageConfig
 from sg4v_ray.training.worker import Job, Outcome
 
 _log = logging.getLogger(__name__)
@@ -39,16 +39,6 @@ _MODEL_FACT: Final = "model"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fresh:
-    """A model with random weights, for the nano, where nothing is pretrained."""
-
-    model: ModelConfig
-    tokenizer_file: str
-    """Absolute path of a `tokenizer.json` on the driver. Its content is identity, its place not."""
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _FreshStage:
     """Identity of a stage that starts from random weights."""
 
@@ -57,7 +47,9 @@ class _FreshStage:
     seed: int
 
 
-def run(config: StageConfig, *, start: Ref | Fresh, dataset: Ref, out: Ref, where: Where) -> Manifest:
+def run(
+    config: StageConfig, *, start: Ref | Fresh, dataset: Ref, out: Ref, where: Where
+) -> Manifest:
     """Train the model `out`; open it if it is finished, go on with it if it was begun.
 
     Raises:
@@ -111,12 +103,12 @@ def _inputs(storage: Storage, start: Ref | Fresh, dataset: Ref) -> dict[str, str
 
 
 def _job(config: StageConfig, start: Ref | Fresh, dataset: Ref, out: Ref, where: Where) -> Job:
+    source: ModelSource | int
     if isinstance(start, Fresh):
         model, source = start.model, start.seed
     else:
-        model, source = model_config(find(where.storage, start)), ModelSource(
-            root=where.root, ref=start
-        )
+        model = model_config(find(where.storage, start))
+        source = ModelSource(root=where.root, ref=start)
     return Job(
         stage=config,
         model=model,
@@ -217,5 +209,6 @@ def _facts(job: Job, outcome: Outcome, *, seconds: float) -> dict[str, object]:
         _MODEL_FACT: to_plain(job.model),
         "losses": list(progress.losses),
         "grad_norms": list(progress.grad_norms),
+        "resumed_at": list(progress.resumed_at),
         "last_attempt_s": round(seconds, 1),
     }

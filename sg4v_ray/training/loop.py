@@ -96,7 +96,8 @@ def train(loop: Loop) -> Progress:
         reasons.update(_reasons(micro_batches))
         loss, grad_norm = _step(loop, micro_batches, step=progress.step, labels=counts["labels"])
         pace.add(counts)
-        progress = Progress(
+        progress = dataclasses.replace(
+            progress,
             step=progress.step + 1,
             counts=dict(Counter(progress.counts) + counts),
             losses=(*progress.losses, loss),

@@ -35,8 +35,7 @@ class Plan:
             raise ConfigError("the dataset has no samples; build it again")
         if self.global_batch % self.micro_batch:
             raise ConfigError(
-                f"global_batch {self.global_batch} is no multiple of micro_batch "
-                f"{self.micro_batch}"
+                f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}"
             )
 
     @property

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import deepspeed
 import ray.train
 import torch
 from ray.util.metrics import Gauge
@@ -23,14 +22,15 @@ from sg4v_ray.core import observe
 from sg4v_ray.core.artifact import Manifest, Ref, find
 from sg4v_ray.core.errors import TooManyRejects
 from sg4v_ray.core.storage import Storage
-from sg4v_ray.model import freeze, weights
+from sg4v_ray.model import weights
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.model.conversation import Conversation, chat_template
+from sg4v_ray.model.freeze import freeze
 from sg4v_ray.model.processor import PixelMaker, save_processor
-from sg4v_ray.training import deepspeed as spelled
 from sg4v_ray.training.batch import Batches, RowRules, Rows, Samples
 from sg4v_ray.training.checkpoint import Progress
 from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.deepspeed import initialise
 from sg4v_ray.training.loop import Loop, LossNotFinite, Metrics, train
 from sg4v_ray.training.plan import Plan, total_steps
 from sg4v_ray.training.schedule import Schedule
@@ -100,6 +100,7 @@ def work(config: dict[str, Any]) -> None:
 def _prepare(job: Job, home: Storage, folder: Path) -> Any:
     """Return the model, and put tokenizer and processor into the folder that will be exported."""
     stage = job.stage
+    model: Any
     if isinstance(job.start, ModelSource):
         source = job.start.localise()
         model, tokenizer = weights.load(source, dtype=stage.dtype), source / "tokenizer.json"
@@ -114,7 +115,7 @@ def _prepare(job: Job, home: Storage, folder: Path) -> Any:
         chat_template=chat_template(stage.template),
         geometry=stage.geometry,
     )
-    freeze.apply(model, stage.trainable)
+    freeze(model, stage.trainable)
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -158,13 +159,7 @@ def _loop(job: Job, home: Storage, folder: Path, model: Any) -> Loop:
         image_limits=stage.image_limits,
     )
     plan = make_plan(stage, len(samples))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=spelled.groups(
-            model.named_parameters(), weight_decay=stage.weight_decay
-        ),
-        config=spelled.settings(stage, world_size=world_size, gpu=job.gpu),
-    )
+    engine = initialise(model, stage, world_size=world_size, gpu=job.gpu)
     return Loop(
         engine=engine,
         batches=Batches(
@@ -191,10 +186,12 @@ def _loop(job: Job, home: Storage, folder: Path, model: Any) -> Loop:
 def _export(job: Job, home: Storage, folder: Path, model: Any, engine: Any) -> dict[str, str]:
     """Write the model folder from rank 0; under ZeRO-3 all ranks give their parts."""
     sharded = job.stage.zero_stage == 3
-    state = engine._zero3_consolidated_16bit_state_dict() if sharded else None
+    state = engine._zero3_consolidated_16bit_state_dict() if sharded else model.state_dict()
     if ray.train.get_context().get_world_rank() != 0:
         return {}
-    weights.save(model, folder, dtype=job.stage.dtype, state=state)
+    # DeepSpeed lays parameters into one buffer, and safetensors takes no views of another tensor.
+    copied = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    weights.save(model, folder, dtype=job.stage.dtype, state=copied)
     return home.upload(folder, MODEL_FOLDER)
 
 

@@ -31,7 +31,6 @@ def _allocated(config: ModelConfig) -> Parameters:
     [
         nano(),
         replace(nano(), text_kv_heads=2),
-        replace(llava_7b(), vocab_size=32_002),
         llava_7b(),
         llava_13b(),
     ],

@@ -68,5 +68,5 @@ def test_a_turn_has_one_of_two_roles() -> None:
 
 
 def test_predictions_carry_their_question() -> None:
-    names = {field for field in Question.__dataclass_fields__}
+    names = set(Question.__dataclass_fields__)
     assert names <= set(Prediction.__dataclass_fields__)

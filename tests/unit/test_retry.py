@@ -25,9 +25,7 @@ class Flaky:
         self.pauses.append(seconds)
 
     def run(self) -> str:
-        return asyncio.run(
-            retrying(self.call, on=(TeacherBusy,), policy=POLICY, sleep=self.sleep)
-        )
+        return asyncio.run(retrying(self.call, on=(TeacherBusy,), policy=POLICY, sleep=self.sleep))
 
 
 def test_it_tries_until_it_works() -> None:

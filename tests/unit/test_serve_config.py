@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from serve import config as module
 from serve.config import ModelDeployment, ServeConfig, read
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
+from sg4v_ray.model.instructions import UNIFIED
 
 ENGINE = EngineConfig(kind="fake", capacity=4, max_model_len=400)
 DEPLOYMENT = ModelDeployment(
@@ -95,3 +97,17 @@ def test_a_full_queue_is_noticed_by_the_ingress_not_by_the_proxy() -> None:
     config = ServeConfig(models=(replace(DEPLOYMENT, max_replicas=3),))
     model = config.models[0]
     assert config.max_ingress_ongoing > 3 * model.max_ongoing + model.max_queued
+
+
+def test_the_shipped_config_asks_the_captioner_what_it_was_taught() -> None:
+    file = Path(module.__file__).with_name("config.easy-vqa.yaml")
+    captioner, _ = read({"config": str(file), "root": "/runs"}).models
+    assert captioner.instruction == UNIFIED
+
+
+def test_the_shipped_config_fits_a_machine_with_two_cores() -> None:
+    file = Path(module.__file__).with_name("config.easy-vqa.yaml")
+    config = read({"config": str(file), "root": "/runs"})
+    cpus = config.ingress_cpus * config.ingress_replicas
+    cpus += sum(one.num_cpus * one.max_replicas for one in config.models)
+    assert cpus <= 2

@@ -35,9 +35,9 @@ models:
     artifact: {name: vlm}
     template: vicuna_v1
     geometry: square
-    engine: {kind: fake, capacity: 1, max_model_len: 400, latency_s: 0.2}
+    engine: {kind: fake, capacity: 2, max_model_len: 400, latency_s: 0.2}
     generation: {max_tokens: 60}
-    max_ongoing: 1
+    max_ongoing: 2
     max_queued: 1
     num_cpus: 0.5
 """
@@ -81,12 +81,15 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     (folder / "serve.yaml").write_text(CONFIG)
     app = build({"config": str(folder / "serve.yaml"), "root": str(folder / "root")})
     port = _free_port()
-    ray.init(num_cpus=2, include_dashboard=False, namespace="serve", log_to_driver=False)
+    own_ray = not ray.is_initialized()  # tests/with_ray keeps its Ray to the end of the session
+    if own_ray:
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         http = HTTPOptions(host="127.0.0.1", port=port)
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http)
         serve.run(app, name="sg4v", route_prefix="/")
         yield Server(f"http://127.0.0.1:{port}")
-        serve.shutdown()
     finally:
-        ray.shutdown()
+        serve.shutdown()
+        if own_ray:
+            ray.shutdown()

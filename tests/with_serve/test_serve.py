@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,21 @@ import httpx
 import openai
 import pytest
 from PIL import Image
+from ray.exceptions import RayTaskError
 
+from serve.app import model_options
+from serve.config import Limits, ModelDeployment
+from serve.ingress import as_api_errors
+from serve.protocol import ApiError
+from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.errors import EngineError
 from sg4v_ray.core.records import Turn
+from sg4v_ray.inference.engine import Generation
+from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.conversation import Conversation
 
 if TYPE_CHECKING:
-    from conftest import Server
+    from tests.with_serve.conftest import Server
 
 WAIT_S = 10.0
 
@@ -152,7 +162,8 @@ def test_a_client_that_goes_away_frees_its_row(server: "Server", stream: bool) -
     with httpx.Client(timeout=timeout) as client:
         if stream:
             with client.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()  # httpx hangs up when this is collected
+                next(lines)
                 assert running(server, "slow") == 1
         else:
             with pytest.raises(httpx.ReadTimeout):
@@ -163,18 +174,60 @@ def test_a_client_that_goes_away_frees_its_row(server: "Server", stream: bool) -
 def test_a_full_queue_is_503_with_a_time_to_come_back(server: "Server") -> None:
     body = {"model": "slow", "messages": ask("Slowly"), "stream": True}
     url = f"{server.url}/v1/chat/completions"
-    with httpx.Client(timeout=WAIT_S) as client, client.stream("POST", url, json=body) as first:
-        next(first.iter_lines())
-        statuses: list[tuple[int, str | None]] = []
+    refusals: list[httpx.Response] = []
+    answers: list[httpx.Response] = []
 
-        def post() -> None:
-            response = httpx.post(url, json={**body, "max_tokens": 1}, timeout=30)
-            statuses.append((response.status_code, response.headers.get("retry-after")))
+    def post() -> None:
+        response = httpx.post(url, json={**body, "max_tokens": 1}, timeout=30)
+        (answers if response.is_success else refusals).append(response)
 
+    with ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(timeout=WAIT_S))
+        for _ in range(2):  # as many as the replica takes
+            stream = stack.enter_context(client.stream("POST", url, json=body)).iter_lines()
+            stack.callback(stream.close)  # type: ignore[attr-defined]
+            next(stream)
         others = [threading.Thread(target=post) for _ in range(3)]
         for one in others:
             one.start()
-        eventually(lambda: len(statuses) == 2)
+        eventually(lambda: len(refusals) == 2)
     for one in others:
         one.join()
-    assert sorted(statuses, key=str) == [(200, None), (503, "1"), (503, "1")]
+    assert len(answers) == 1  # it had waited in the queue
+    for refusal in refusals:
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "1")
+        assert refusal.json()["error"]["code"] == "overloaded"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        pytest.param(EngineError("at 0x7f"), 503, "unavailable", id="dead engine"),
+        pytest.param(TimeoutError("at 0x7f"), 504, "timeout", id="deadline"),
+    ],
+)
+def test_an_error_of_a_replica_is_told_in_our_words(
+    error: Exception, status: int, code: str
+) -> None:
+    arrived = RayTaskError("stream", "traceback", error).as_instanceof_cause()
+    with pytest.raises(ApiError) as caught, as_api_errors():
+        raise arrived
+    assert (caught.value.status, caught.value.code) == (status, code)
+    assert "0x7f" not in caught.value.message
+
+
+def test_a_replica_that_is_stopped_may_finish_its_longest_answer() -> None:
+    model = ModelDeployment(
+        id="chat",
+        artifact=Ref(name="vlm"),
+        root="/runs",
+        template="vicuna_v1",
+        geometry="pad",
+        engine=EngineConfig(kind="fake"),
+        generation=Generation(max_tokens=8),
+        max_replicas=4,
+    )
+    options = model_options(model, Limits(timeout_s=100))
+    assert options["graceful_shutdown_timeout_s"] > 100
+    assert options["autoscaling_config"]["max_replicas"] == 4
+    assert "num_replicas" not in options

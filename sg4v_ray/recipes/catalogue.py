@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All recipes by the name that the command line knows."""
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from sg4v_ray.recipes import easy_vqa
+from sg4v_ray.recipes.folder import folder
+from sg4v_ray.recipes.line import Line
+
+RECIPES: Final[Mapping[str, Callable[[], Line]]] = {
+    "demo": easy_vqa.demo,
+    "folder": folder,
+    "easy-vqa": easy_vqa.easy_vqa,
+    "easy-vqa-one-word": easy_vqa.easy_vqa_one_word,
+    "easy-vqa-no-pretraining": easy_vqa.easy_vqa_no_pretraining,
+}

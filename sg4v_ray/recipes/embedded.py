@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nano captioner that comes with this package: an artifact like any other, copied to a root.
+
+`make loop` made it (see its manifest). It knows the shapes of easy-VQA and nothing else.
+"""
+
+import json
+import logging
+from importlib import resources
+from pathlib import Path
+
+from sg4v_ray.core.artifact import MANIFEST, Ref
+from sg4v_ray.core.storage import Storage
+
+_log = logging.getLogger(__name__)
+
+CAPTIONER = Ref(name="nano-captioner", version="v1")
+_MODEL = "model"
+
+
+def folder() -> Path:
+    """Return where the captioner lies in the installed package."""
+    return Path(str(resources.files("sg4v_ray.recipes"))) / "nano_captioner"
+
+
+def install_captioner(storage: Storage) -> Ref:
+    """Copy the captioner below a root unless it is there; its manifest is copied last."""
+    if storage.exists(f"{CAPTIONER.path}/{MANIFEST}"):
+        return CAPTIONER
+    manifest = json.loads((folder() / MANIFEST).read_text())
+    storage.upload(folder() / _MODEL, f"{CAPTIONER.path}/{_MODEL}")
+    renamed = {**manifest, "name": CAPTIONER.name, "version": CAPTIONER.version}
+    storage.put(f"{CAPTIONER.path}/{MANIFEST}", (json.dumps(renamed, indent=1) + "\n").encode())
+    return CAPTIONER

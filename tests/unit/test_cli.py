@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line is made from recipes, and refuses what cannot work before any work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import _cli
+from jobs.__main__ import listing
+from jobs.run_all import plan
+from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.where import Where
+from sg4v_ray.recipes.catalogue import RECIPES
+
+VERBS = (
+    "align build_dataset caption_images collect_captions demo evaluate finetune index_images "
+    "index_questions pretrain run_all train_captioner"
+).split()
+
+
+def test_the_listing_has_a_line_for_every_verb_and_recipe() -> None:
+    text = listing()
+    for name in (*VERBS, *RECIPES):
+        assert f"\n  {name} " in text
+
+
+def test_flags_change_the_recipe_and_the_placement() -> None:
+    step, where = _cli.parse(
+        "doc",
+        lambda line: line.caption,
+        ["easy-vqa", "--engine.kind=vllm", "--where.max-actors", "3", "--where.root=/data/x"],
+    )
+    assert step.engine.kind == "vllm"
+    assert (where.max_actors, where.root) == (3, "/data/x")
+    assert step.config == RECIPES["easy-vqa"]().caption.config
+
+
+def test_on_this_machine_a_relative_root_is_made_absolute() -> None:
+    flags = ["demo", "--where.root", "runs/x"]
+    _, where = _cli.parse("doc", lambda line: line.caption, flags)
+    assert where.root == str(Path("runs/x").absolute())
+    _, where = _cli.parse("doc", lambda line: line.caption, ["demo"])
+    assert where.root == str(Path("runs/demo").absolute())
+
+
+@pytest.mark.parametrize("flags", [["--where.root=runs"], ["--where.root", "runs"], []])
+def test_in_a_submitted_job_it_is_refused_with_what_to_write(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ConfigError, match=r"write --where.root \$PWD/runs.*s3://bucket/runs"):
+        _cli.parse("doc", lambda line: line.caption, ["demo", *flags])
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="(?s)no recipe 'easy'.*easy-vqa"):
+        _cli.parse("doc", lambda line: line.caption, ["easy"])
+
+
+def test_a_recipe_without_the_step_says_so() -> None:
+    with pytest.raises(ConfigError, match="'demo' has no such step"):
+        _cli.parse("doc", lambda line: line.pretrain, ["demo"])
+
+
+def test_a_wrong_value_ends_the_job_with_its_text_alone() -> None:
+    argv = [sys.executable, "-m", "jobs.caption_images", "demo", "--where.min-actors=5"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ConfigError: actors must satisfy 1 <= min_actors <= max_actors" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_plan_in_which_inputs_come_first(name: str) -> None:
+    line = RECIPES[name]()
+    made = set()
+    if name in ("demo", "folder"):
+        made.add("nano-captioner@v1")
+    for step in plan(line, Where(root="/x")):
+        part = step.args[0]
+        for field in ("images", "dataset", "start", "captioner", "questions", "model"):
+            ref = getattr(part, field, None)
+            if type(ref).__name__ == "Ref":
+                assert str(ref) in made, f"{part} needs {ref}"
+        made.add(str(part.out))

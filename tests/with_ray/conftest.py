@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Ray cluster for all tests of this folder: starting one takes longer than most tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on a real Ray cluster with DeepSpeed: what may happen to a run and must not change it.
+
+One tiny model, 60 synthetic images, float32. `reference` is the run that nothing happened to.
+"""
+
+import contextlib
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+import ray
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sg4v_ray.core.artifact import Manifest, Ref, begin, commit
+from sg4v_ray.core.errors import ArtifactDrift, ConfigError, TooManyRejects
+from sg4v_ray.core.lease import hold
+from sg4v_ray.core.records import Sample, Turn, schema, to_table
+from sg4v_ray.core.rejects import RejectBudget
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.where import Where
+from sg4v_ray.model.config import ModelConfig, nano
+from sg4v_ray.model.conversation import Conversation
+from sg4v_ray.model.freeze import FreezePlan
+from sg4v_ray.model.weights import create, load
+from sg4v_ray.training import checkpoint, launch
+from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.launch import Fresh
+
+DRIVER = """
+import pickle, sys
+from pathlib import Path
+import ray
+from sg4v_ray.training import checkpoint, launch
+ray.init(address=sys.argv[1], log_to_driver=False)
+launch.run(**pickle.loads(Path(sys.argv[2]).read_bytes()))
+"""
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+DATASET = Ref(name="shapes")
+COLOURS = ("red", "green", "blue", "white", "black")
+TINY = replace(
+    nano(400),
+    name="tiny",
+    image_size=16,
+    vision_width=32,
+    vision_mlp=64,
+    vision_layers=3,
+    vision_heads=2,
+    text_width=32,
+    text_mlp=64,
+    text_layers=2,
+    text_heads=2,
+    text_kv_heads=2,
+    max_positions=256,
+)
+STAGE = StageConfig(
+    kind="captioner",
+    template="vicuna_v1",
+    geometry="pad",
+    trainable=FreezePlan(projector=True, language_model=True, vision_from_block=1),
+    learning_rate=5e-3,
+    global_batch=8,
+    micro_batch=4,
+    epochs=3.0,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    max_length=200,
+    dtype="float32",
+    zero_stage=2,
+    gradient_checkpointing=False,
+    save_every_steps=5,
+    budget=RejectBudget(max_reject_rate=0.1),
+)
+
+
+def _samples(folder: Path) -> Iterator[Sample]:
+    for i in range(60):
+        colour = COLOURS[i % len(COLOURS)]
+        file = folder / f"{i}.png"
+        Image.new("RGB", (20, 10 + i % 5), colour).save(file)
+        if i == 7:
+            file.write_bytes(file.read_bytes()[:40])  # the one broken image
+        turns = (
+            Turn(role="user", text="Which colour?"),
+            Turn(role="assistant", text=" ".join([colour] * (1 + i % 3))),
+        )
+        yield Sample(id=str(i), source="test", uri=None if i % 10 == 3 else str(file), turns=turns)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A root with a dataset, and a tokenizer beside it."""
+
+    root: Path
+    tokenizer: Path
+
+    @property
+    def storage(self) -> Storage:
+        return Storage(str(self.root))
+
+    def where(self, workers: int = 2) -> Where:
+        return Where(root=str(self.root), train_workers=workers, worker_cpus=0.5)
+
+    def fresh(self) -> Fresh:
+        return Fresh(model=TINY, tokenizer_file=str(self.tokenizer), seed=3)
+
+    def run(self, name: str, stage: StageConfig = STAGE, *, workers: int = 2) -> Manifest:
+        return launch.run(
+            stage,
+            start=self.fresh(),
+            dataset=DATASET,
+            out=Ref(name=name),
+            where=self.where(workers),
+        )
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        folder = self.root / name / "v1" / "model"
+        (file,) = folder.glob("*.safetensors")
+        return safetensors.torch.load_file(file)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Site:
+    folder = tmp_path_factory.mktemp("training")
+    images = folder / "images"
+    images.mkdir()
+    site = Site(folder / "root", tiny_model / "tokenizer.json")
+    home = begin(site.storage, DATASET, {"made": "by hand"})
+    staging = folder / "staging"
+    staging.mkdir()
+    with pa.ipc.new_file(str(staging / "samples.arrow"), schema(Sample)) as writer:
+        rows = list(_samples(images))
+        for start in range(0, len(rows), 25):  # several record batches, as large datasets have
+            writer.write_table(to_table(Sample, rows[start : start + 25]))
+    with hold(home) as lease:
+        commit(
+            site.storage,
+            DATASET,
+            config={"made": "by hand"},
+            inputs={},
+            counts={"samples": 60},
+            digests=site.storage.upload(staging, DATASET.path),
+            lease=lease,
+        )
+    return site
+
+
+@pytest.fixture(scope="module")
+def reference(site: Site, ray_cluster: None) -> Manifest:
+    return site.run("reference")
+
+
+def _newest_step(home: Storage) -> int:
+    found = checkpoint.newest(home)
+    return 0 if found is None else found.progress.step
+
+
+def _wait_for(what: Callable[[], bool], *, still: Callable[[], bool]) -> None:
+    """Wait until something is so; fail when what must make it so has ended."""
+    pause = threading.Event()
+    while not what():
+        assert still(), "the run ended before the test could interfere"
+        pause.wait(0.02)
+
+
+def _training_workers() -> list[psutil.Process]:
+    """The training processes of this test's own Ray cluster."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::RayTrain") or "ray::RayTrainWorker" in " ".join(
+                process.cmdline()[:1]
+            ):
+                found.append(process)
+    return found
+
+
+def test_the_loss_falls_and_every_sample_is_counted(reference: Manifest) -> None:
+    losses = reference.facts["losses"]
+    assert len(losses) == reference.counts["steps"] == 24  # 60 samples, 8 a step, 3 epochs
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+    assert reference.counts["samples"] == 180
+    assert reference.counts["rejected"] == reference.counts["rejected_truncated"] == 3
+
+
+def test_frozen_weights_are_those_of_the_start_to_the_bit(site: Site, reference: Manifest) -> None:
+    before, after = create(TINY, seed=3).state_dict(), site.weights("reference")
+    frozen = {
+        f"vision_tower.vision_model.{name.removeprefix('model.vision_tower.')}": name
+        for name in before
+        if name.startswith("model.vision_tower.") and ".layers.1." not in name
+    }
+    assert len(frozen) > 20
+    assert all(torch.equal(after[ours], before[name]) for ours, name in frozen.items())
+    moved = "language_model.lm_head.weight"
+    assert not torch.equal(after[moved], before["lm_head.weight"])
+
+
+def test_the_model_folder_is_complete_and_what_the_manifest_says(
+    site: Site, reference: Manifest
+) -> None:
+    folder = site.storage.localise("reference/v1/model", cache=site.root, digests=reference.digests)
+    model = load(folder, dtype="float32")
+    assert model.config.text_config.hidden_size == TINY.text_width
+    assert Conversation.open(folder, "vicuna_v1").image_token_id == TINY.image_token_id
+    assert launch.model_config(reference) == TINY
+    assert not (site.root / "reference" / "v1" / checkpoint.FOLDER).exists()
+
+
+def test_one_worker_with_accumulation_learns_the_same_as_two_without(
+    site: Site, reference: Manifest
+) -> None:
+    alone = site.run("alone", replace(STAGE, micro_batch=2), workers=1)
+    for name in ("losses", "grad_norms"):
+        assert alone.facts[name] == pytest.approx(reference.facts[name], rel=1e-5)
+
+
+def test_a_killed_worker_and_a_killed_driver_leave_the_weights_as_they_would_have_been(
+    site: Site, reference: Manifest, tmp_path: Path
+) -> None:
+    ref = Ref(name="killed")
+    job = {
+        "config": STAGE,
+        "start": site.fresh(),
+        "dataset": DATASET,
+        "out": ref,
+        "where": site.where(),
+    }
+    (tmp_path / "job").write_bytes(pickle.dumps(job))
+    address = ray.get_runtime_context().gcs_address
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, address, str(tmp_path / "job")])
+    home = site.storage.sub(ref.path)
+
+    def lives() -> bool:
+        return driver.poll() is None
+
+    _wait_for(lambda: _newest_step(home) >= 5, still=lives)
+    at_kill = _newest_step(home)
+    _training_workers()[-1].kill()
+    _wait_for(lambda: _newest_step(home) > at_kill, still=lives)
+    driver.kill()
+    driver.wait()
+    assert _newest_step(home) < 24, "the run was over before its driver was killed"
+
+    finished = site.run("killed")
+    assert len(finished.facts["resumed_at"]) == 2
+    assert finished.facts["losses"] == pytest.approx(reference.facts["losses"], rel=1e-6)
+    assert finished.counts == reference.counts
+    expected, got = site.weights("reference"), site.weights("killed")
+    assert expected.keys() == got.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=1e-6)
+
+
+def test_a_finished_model_is_opened_and_another_config_is_refused(
+    site: Site, reference: Manifest
+) -> None:
+    assert site.run("reference") == reference
+    with pytest.raises(ArtifactDrift, match="learning_rate"):
+        site.run("reference", replace(STAGE, learning_rate=1e-4))
+
+
+def test_more_bad_images_than_the_budget_allows_fail_the_run_without_a_model(site: Site) -> None:
+    strict = replace(STAGE, budget=RejectBudget(max_reject_rate=0.0))
+    with pytest.raises(TooManyRejects, match=r"1 of 180 rows"):
+        site.run("strict", strict, workers=1)
+    assert not (site.root / "strict" / "v1" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers", "message"),
+    [
+        pytest.param(replace(STAGE, max_length=5), 2, "no room for text", id="too short"),
+        pytest.param(replace(STAGE, max_length=999), 2, "positions of tiny", id="too long"),
+        pytest.param(STAGE, 3, "shared by 3 workers", id="odd workers"),
+        pytest.param(replace(STAGE, micro_batch=1), 8, "the cluster has", id="too many"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    site: Site, stage: StageConfig, workers: int, message: str
+) -> None:
+    where = replace(site.where(workers), worker_cpus=1.0)
+    out = Ref(name="refused")
+    with pytest.raises(ConfigError, match=message):
+        launch.run(stage, start=site.fresh(), dataset=DATASET, out=out, where=where)
+    assert not (site.root / "refused").exists()
+
+
+@pytest.mark.soak
+def test_zero_3_learns_the_same_and_exports_whole_weights(site: Site, reference: Manifest) -> None:
+    sharded = site.run("sharded", replace(STAGE, zero_stage=3))
+    assert sharded.facts["losses"] == pytest.approx(reference.facts["losses"], rel=1e-4)
+    expected, got = site.weights("reference"), site.weights("sharded")
+    assert {name: one.shape for name, one in got.items()} == {
+        name: one.shape for name, one in expected.items()
+    }
