@@ -34,7 +34,9 @@ def main(run: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def parse(doc: str | None, pick: Callable[[Line], T], args: Sequence[str]) -> tuple[T, Where]:
+def parse(
+    doc: str | None, pick: Callable[[Line], T | None], args: Sequence[str]
+) -> tuple[T, Where]:
     """Read `RECIPE [flags]` and return what `pick` takes of the recipe, and the placement.
 
     Args:
@@ -80,7 +82,8 @@ def _recipe_name(doc: str | None, args: Sequence[str]) -> tuple[str, list[str]]:
 def _flags_of(part: Any) -> Any:
     """Return the type from which tyro makes flags: a single step's have no prefix."""
     if isinstance(part, tuple):
-        return tuple[type(part[0]), ...]
+        kind = type(part[0])
+        return tuple[kind, ...]  # type: ignore[valid-type]
     return Annotated[type(part), tyro.conf.arg(name="")]
 
 

@@ -40,7 +40,7 @@ class ModelSource:
         """Return the model folder on this node, its checksums verified."""
         storage = Storage(self.root)
         manifest = find(storage, self.ref)
-        cache = Path(self.cache).expanduser()
+        cache = Path(self.cache)
         path = f"{self.ref.path}/{MODEL_FOLDER}"
         return storage.localise(path, cache=cache, digests=manifest.digests)
 

@@ -94,11 +94,13 @@ def add_images(
     rows: list[dict[str, Any]] = []
     for uri in table["uri"].to_pylist():
         image = load_image(uri, limits=limits)
-        if isinstance(image, Rejected):
-            row = {"image": None, "reject": image.reason.value, "reject_detail": image.detail}
-        else:
-            row = {"image": encode(image), "reject": None, "reject_detail": None}
-        rows.append(row)
+        rows.append(
+            {
+                "image": None if isinstance(image, Rejected) else encode(image),
+                "reject": image.reason.value if isinstance(image, Rejected) else None,
+                "reject_detail": image.detail if isinstance(image, Rejected) else None,
+            }
+        )
     added = pa.Table.from_pylist(rows, schema=COLUMNS)
     for name in COLUMNS.names:
         table = table.append_column(COLUMNS.field(name), added[name])

@@ -123,11 +123,11 @@ class Storage:
     def delete(self, prefix: str) -> None:
         """Delete an object, or all objects below a prefix."""
         if is_local(self.root):
-            path = local_path(self.root) / prefix
-            if path.is_dir():
-                shutil.rmtree(path)
+            found = local_path(self.root) / prefix
+            if found.is_dir():
+                shutil.rmtree(found)
             else:
-                path.unlink(missing_ok=True)
+                found.unlink(missing_ok=True)
             return
         store = self.open()
         for path in self.list(prefix):
@@ -142,7 +142,7 @@ class Storage:
         return filesystem, inside
 
     def upload(self, folder: Path, path: str) -> dict[str, str]:
-        """Copy a local folder to `path` ('' is the root); return sha256 hex digests by file name."""
+        """Copy a local folder to `path` ('' is the root); return sha256 digests by file name."""
         digests = {}
         for file in sorted(one for one in folder.rglob("*") if one.is_file()):
             name = file.relative_to(folder).as_posix()
@@ -164,6 +164,7 @@ class Storage:
             _check_digests(folder, digests)
             return folder
         key = hashlib.sha256(repr((self.uri(path), sorted(digests.items()))).encode()).hexdigest()
+        cache = cache.expanduser()
         target = cache / key[:32]
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)

@@ -37,14 +37,16 @@ class Generation:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"temperature must be between 0 and 2, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.repetition_penalty <= 0:
             raise ConfigError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if self.num_beams < 1:
             raise ConfigError(f"num_beams must be at least 1, got {self.num_beams}")
+        if not 0 <= self.seed < 2**63:  # vLLM reads -1 as no seed at all
+            raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from sg4v_ray.core.errors import EngineError
-from sg4v_ray.inference.engine import Delta, EngineStats, Request
+from sg4v_ray.inference.engine import Delta, EngineStats, FinishReason, Request
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.inference.prompt import PromptRules, refuse_beams
 
@@ -41,8 +41,10 @@ class _Row:
         """Deliver one token; say whether it was the last."""
         token = self.tokens.popleft()
         last = not self.tokens
-        reason = ("stop" if self.ends else "length") if last else None
-        self.deltas.put_nowait(Delta((token,), reason))  # type: ignore[arg-type]
+        reason: FinishReason | None = None
+        if last:
+            reason = "stop" if self.ends else "length"
+        self.deltas.put_nowait(Delta((token,), reason))
         return last
 
 

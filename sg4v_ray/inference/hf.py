@@ -73,8 +73,12 @@ class HFEngine:
         self._rules = PromptRules.read(self._folder, max_model_len=self._config.max_model_len)
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf-engine")
-        await self._loop.run_in_executor(self._thread, self._load)
-        self._open = True
+        try:
+            await self._loop.run_in_executor(self._thread, self._load)
+            self._open = True
+        finally:
+            if not self._open:
+                self._thread.shutdown(wait=False)
         self._serving = asyncio.create_task(self._serve())
 
     def _load(self) -> None:

@@ -34,7 +34,10 @@ class RowSampler(LogitsProcessor):
         self._generators = [torch.Generator().manual_seed(one.seed) for one in chosen]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Take (B, T) ids and (B, V) logits; return logits whose largest is the next token."""
+        """Take (B, T) ids and (B, V) logits; return logits whose largest is the next token.
+
+        The logits may be changed in place: `generate` makes a copy for its processors.
+        """
         scores_BV = self._penalise(input_ids, scores)
         if not self._sampled:
             return scores_BV
@@ -48,7 +51,7 @@ class RowSampler(LogitsProcessor):
 
     def _penalise(self, ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
         if bool((self._penalties_B1 == 1).all()):
-            return scores_BV.clone()
+            return scores_BV
         # Padding must not count as text: put a token there that the row has anyway.
         prompt = self._padding_BT.shape[1]
         seen_BT = ids_BT.clone()

@@ -135,13 +135,17 @@ _SENTENCES: Final = (
 def describe(facts: Facts, rng_seed: int) -> str:
     """Put the facts into one of many wordings, equal for equal seeds; 12 to 30 words."""
     where = _where(facts)
-    return random.Random(rng_seed).choice(_SENTENCES).format(
-        shape=facts.shape,
-        color=facts.color,
-        size=facts.size,
-        corners=_CORNERS[facts.shape],
-        where=where,
-        Where=where.capitalize(),
+    return (
+        random.Random(rng_seed)
+        .choice(_SENTENCES)
+        .format(
+            shape=facts.shape,
+            color=facts.color,
+            size=facts.size,
+            corners=_CORNERS[facts.shape],
+            where=where,
+            Where=where.capitalize(),
+        )
     )
 
 

@@ -9,31 +9,32 @@ ZeRO-3 all ranks must run the same modules, or they wait for each other for ever
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from sg4v_ray.batch.pixels import load_image
 from sg4v_ray.core.images import ImageLimits, Rejected
-from sg4v_ray.core.records import Sample, check_columns, from_table
+from sg4v_ray.core.records import Sample
 from sg4v_ray.inference.engine import Pixels
 from sg4v_ray.model.conversation import IGNORE, Conversation
 from sg4v_ray.model.geometry import Geometry, as_model_sees
-from sg4v_ray.model.processor import PixelMaker
 from sg4v_ray.training.plan import FILLER, Plan
+from sg4v_ray.training.samples import Samples
 
 _log = logging.getLogger(__name__)
 
 # Shape letters used in this file:
 #   B  rows of a micro-batch      T  tokens of the longest row, image tokens included
 #   N  images of a micro-batch    S  side of an image in pixels
+
+Normalise = Callable[[Sequence[Pixels]], Tensor]
+"""Squares to (N, 3, S, S): `model.processor.PixelMaker`."""
 
 NO_LABELS = "no_labels"
 """Why a sample is not used when its answers lie beyond `max_length`."""
@@ -79,28 +80,6 @@ class RowRules:
     num_image_tokens: int
     max_length: int
     image_limits: ImageLimits
-
-
-class Samples:
-    """The samples of a dataset file, which is mapped and not read into memory."""
-
-    def __init__(self, file: Path) -> None:
-        self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        self._where = str(file)
-        check_columns(self._reader.schema, Sample, where=self._where)
-        count = self._reader.num_record_batches
-        sizes = [self._reader.get_batch(i).num_rows for i in range(count)]
-        self._ends = np.cumsum(sizes)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, index: int) -> Sample:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        start = int(self._ends[number - 1]) if number else 0
-        one = self._reader.get_batch(number).slice(index - start, 1)
-        sample: Sample = from_table(Sample, pa.Table.from_batches([one]), where=self._where)[0]
-        return sample
 
 
 class Rows:
@@ -179,7 +158,7 @@ class Rows:
         return Row(token_ids, labels, np.zeros((side, side, 3), np.uint8), is_sample=False)
 
 
-def collate(rows: Sequence[Row], pixel_maker: PixelMaker, *, filler: Row, pad: int) -> MicroBatch:
+def collate(rows: Sequence[Row], normalise: Normalise, *, filler: Row, pad: int) -> MicroBatch:
     """Pad rows on the right and stack them; without any image, the filler joins as a last row."""
     images = [row.pixels for row in rows if row.pixels is not None]
     if not images and filler.pixels is not None:
@@ -203,7 +182,7 @@ def collate(rows: Sequence[Row], pixel_maker: PixelMaker, *, filler: Row, pad: i
         input_ids_BT=torch.from_numpy(ids),
         attention_mask_BT=torch.from_numpy(mask),
         labels_BT=torch.from_numpy(labels),
-        pixels_N3SS=pixel_maker(images),
+        pixels_N3SS=normalise(images),
         counts=counts,
     )
 
@@ -214,7 +193,7 @@ class Batches:
 
     plan: Plan
     rows: Rows
-    pixel_maker: PixelMaker
+    normalise: Normalise
     rank: int
     world_size: int
     threads: int
@@ -230,7 +209,7 @@ class Batches:
                 yield [
                     collate(
                         [one.result() for one in rows],
-                        self.pixel_maker,
+                        self.normalise,
                         filler=self.rows.filler,
                         pad=self.rows.pad_token_id,
                     )

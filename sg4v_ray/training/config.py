@@ -61,26 +61,25 @@ class StageConfig:
     budget: RejectBudget = field(default_factory=RejectBudget)
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "micro_batch", "max_length", "save_every_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "epochs", "epsilon"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        self._check_numbers()
         if self.global_batch % self.micro_batch:
             raise ConfigError(
                 f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}"
             )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigError(f"max_steps must be at least 1 or None, got {self.max_steps}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
-        if self.weight_decay < 0:
-            raise ConfigError(f"weight_decay must not be negative, got {self.weight_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must be at least 0 and below 1, got {self.betas}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ConfigError(f"clip_norm must be above 0 or None, got {self.clip_norm}")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay must not be negative, got {self.weight_decay}")
+
+    def _check_numbers(self) -> None:
+        for name in ("global_batch", "micro_batch", "max_length", "save_every_steps", "max_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name in ("learning_rate", "epochs", "epsilon", "clip_norm"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ConfigError(f"{name} must be above 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

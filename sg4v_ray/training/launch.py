@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -26,9 +26,10 @@ from sg4v_ray.core.lease import Lease, hold
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.model.config import ModelConfig
-from sg4v_ray.training import checkpoint, worker
+from sg4v_ray.training import checkpoint
 from sg4v_ray.training.config import Fresh, StageConfig
-from sg4v_ray.training.worker import Job, Outcome
+from sg4v_ray.training.job import LASTING, OUTCOME, TOKENIZER, Job, Outcome, make_plan
+from sg4v_ray.training.samples import open_samples
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def run(
     home = begin(storage, out, identity, inputs=inputs)
     with hold(home) as lease:
         if isinstance(start, Fresh):
-            home.put(worker.TOKENIZER, Path(start.tokenizer_file).read_bytes())
+            home.put(TOKENIZER, Path(start.tokenizer_file).read_bytes())
         began = time.monotonic()
         outcome = _fit(job, home, where, lease)
         facts = _facts(job, outcome, seconds=time.monotonic() - began)
@@ -151,8 +152,8 @@ def _check(job: Job, where: Where) -> None:
             f"{model.num_image_tokens} tokens of an image; raise it"
         )
     storage = Storage(job.root)
-    samples = worker.dataset_samples(job.root, job.dataset, find(storage, job.dataset))
-    worker.make_plan(stage, len(samples)).check_workers(where.train_workers)
+    samples = open_samples(storage, job.dataset)
+    make_plan(stage, len(samples)).check_workers(where.train_workers)
     if (found := checkpoint.newest(storage.sub(job.out.path))) is not None:
         checkpoint.check_world_size(found, where.train_workers)
     _check_cluster(where)
@@ -171,13 +172,20 @@ def _check_cluster(where: Where) -> None:
         )
 
 
+def _work(config: dict[str, Any]) -> None:
+    """Run in every training process; only there are transformers and DeepSpeed imported."""
+    from sg4v_ray.training.worker import work
+
+    work(config["job"])
+
+
 def _fit(job: Job, home: Storage, where: Where, lease: Lease) -> Outcome:
     """Let Ray Train run the workers; return what rank 0 wrote at the end."""
-    home.delete(worker.OUTCOME)
+    home.delete(OUTCOME)
     filesystem, path = home.arrow(_RAY)
     resources = {"CPU": where.worker_cpus, **({"GPU": 1.0} if where.train_gpu else {})}
     TorchTrainer(
-        worker.work,
+        _work,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
             num_workers=where.train_workers,
@@ -192,9 +200,9 @@ def _fit(job: Job, home: Storage, where: Where, lease: Lease) -> Outcome:
             failure_config=FailureConfig(max_failures=_RESTARTS),
         ),
     ).fit()
-    outcome = load(Outcome, json.loads(home.get(worker.OUTCOME)))
+    outcome = load(Outcome, json.loads(home.get(OUTCOME)))
     if outcome.error:
-        raise worker.LASTING[outcome.error](outcome.message)
+        raise LASTING[outcome.error](outcome.message)
     return outcome
 
 

@@ -9,9 +9,8 @@ import dataclasses
 import json
 import logging
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import ray.train
 import torch
@@ -19,65 +18,23 @@ from ray.util.metrics import Gauge
 
 from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
 from sg4v_ray.core import observe
-from sg4v_ray.core.artifact import Manifest, Ref, find
-from sg4v_ray.core.errors import TooManyRejects
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.model import weights
-from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.model.conversation import Conversation, chat_template
 from sg4v_ray.model.freeze import freeze
 from sg4v_ray.model.processor import PixelMaker, save_processor
-from sg4v_ray.training.batch import Batches, RowRules, Rows, Samples
-from sg4v_ray.training.checkpoint import Progress
-from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.batch import Batches, RowRules, Rows
 from sg4v_ray.training.deepspeed import initialise
-from sg4v_ray.training.loop import Loop, LossNotFinite, Metrics, train
-from sg4v_ray.training.plan import Plan, total_steps
+from sg4v_ray.training.job import LASTING, OUTCOME, TOKENIZER, Job, Outcome, make_plan
+from sg4v_ray.training.loop import Loop, Metrics, train
+from sg4v_ray.training.samples import open_samples
 from sg4v_ray.training.schedule import Schedule
 
 _log = logging.getLogger(__name__)
 
-SAMPLES: Final = "samples.arrow"
-TOKENIZER: Final = "start/tokenizer.json"
-OUTCOME: Final = "outcome.json"
-_DATASETS: Final = "/tmp/sg4v-datasets"
-"""Where a node keeps its copy of a dataset that lies in a bucket."""
 
-LASTING: Final = {one.__name__: one for one in (LossNotFinite, TooManyRejects)}
-"""Errors that all ranks meet at the same step, and would meet again after a restart."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What a worker has to do; plain values, so that Ray can send it anywhere."""
-
-    stage: StageConfig
-    model: ModelConfig
-    start: ModelSource | int
-    """Weights to start from, or the seed of random ones."""
-    dataset: Ref
-    root: str
-    out: Ref
-    threads: int
-    gpu: bool
-    progress: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What `outcome.json` holds when a run has ended, well or not."""
-
-    progress: Progress | None = None
-    digests: dict[str, str] = dataclasses.field(default_factory=dict)
-    """sha256 of the files of the model folder."""
-    error: str = ""
-    """Name of a class of `LASTING`, or empty."""
-    message: str = ""
-
-
-def work(config: dict[str, Any]) -> None:
-    """Train as `config["job"]` says. Ray Train calls this on every worker."""
-    job: Job = config["job"]
+def work(job: Job) -> None:
+    """Train as the job says; every training process calls this."""
     observe.set_up_logging()
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision("high" if job.gpu else "highest")  # TF32, as published
@@ -121,36 +78,10 @@ def _prepare(job: Job, home: Storage, folder: Path) -> Any:
     return model.train()
 
 
-def dataset_samples(root: str, dataset: Ref, manifest: Manifest) -> Samples:
-    """Return the samples of a dataset, from this node's checked copy."""
-    folder = Storage(root).localise(
-        dataset.path, cache=Path(_DATASETS), digests={SAMPLES: manifest.digests[SAMPLES]}
-    )
-    return Samples(folder / SAMPLES)
-
-
-def make_plan(stage: StageConfig, num_samples: int) -> Plan:
-    """Return the steps of a stage over a dataset of some size."""
-    steps = total_steps(
-        num_samples=num_samples,
-        global_batch=stage.global_batch,
-        epochs=stage.epochs,
-        max_steps=stage.max_steps,
-    )
-    return Plan(
-        num_samples=num_samples,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        total_steps=steps,
-        seed=stage.seed,
-    )
-
-
 def _loop(job: Job, home: Storage, folder: Path, model: Any) -> Loop:
     stage, context = job.stage, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    storage = Storage(job.root)
-    samples = dataset_samples(job.root, job.dataset, find(storage, job.dataset))
+    samples = open_samples(Storage(job.root), job.dataset)
     rules = RowRules(
         geometry=stage.geometry,
         image_size=job.model.image_size,
@@ -165,7 +96,7 @@ def _loop(job: Job, home: Storage, folder: Path, model: Any) -> Loop:
         batches=Batches(
             plan=plan,
             rows=Rows(samples, Conversation.open(folder, stage.template), rules),
-            pixel_maker=PixelMaker.open(folder),
+            normalise=PixelMaker.open(folder),
             rank=rank,
             world_size=world_size,
             threads=job.threads,

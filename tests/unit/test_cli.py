@@ -15,9 +15,19 @@ from sg4v_ray.core.where import Where
 from sg4v_ray.recipes.catalogue import RECIPES
 
 VERBS = (
-    "align build_dataset caption_images collect_captions demo evaluate finetune index_images "
-    "index_questions pretrain run_all train_captioner"
-).split()
+    "align",
+    "build_dataset",
+    "caption_images",
+    "collect_captions",
+    "demo",
+    "evaluate",
+    "finetune",
+    "index_images",
+    "index_questions",
+    "pretrain",
+    "run_all",
+    "train_captioner",
+)
 
 
 def test_the_listing_has_a_line_for_every_verb_and_recipe() -> None:
@@ -55,7 +65,7 @@ def test_in_a_submitted_job_it_is_refused_with_what_to_write(
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="(?s)no recipe 'easy'.*easy-vqa"):
+    with pytest.raises(ConfigError, match=r"(?s)no recipe 'easy'.*easy-vqa"):
         _cli.parse("doc", lambda line: line.caption, ["easy"])
 
 

@@ -225,9 +225,8 @@ def test_a_tokenizer_that_drops_characters_is_refused(tmp_path: Path) -> None:
 def test_ids_equal_those_of_the_whole_text_at_once(
     folder: Path, template: TemplateName, question: str, answer: str, num_images: int
 ) -> None:
+    assume(not any(one in question + answer for one in SPECIALS))
     encoded = _open(folder, template).sample(_turns(question, answer), num_images=num_images)
-    if any(one in question + answer for one in SPECIALS):
-        return
     whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert list(encoded.token_ids) == whole.encode(encoded.text, add_special_tokens=False).ids
 

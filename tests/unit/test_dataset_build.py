@@ -11,7 +11,6 @@ from sg4v_ray.core.errors import ArtifactMissing, ConfigError, ContractError
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import CaptionRow, Question, Sample, from_table
 from sg4v_ray.core.rows import ROWS, put_rows
-from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart, QuestionsPart, run, shrink
 

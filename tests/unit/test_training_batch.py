@@ -15,8 +15,9 @@ from sg4v_ray.core.records import Sample, Turn, schema, to_table
 from sg4v_ray.model.conversation import IGNORE, Conversation
 from sg4v_ray.model.processor import PixelMaker
 from sg4v_ray.training import batch
-from sg4v_ray.training.batch import NO_LABELS, Batches, MicroBatch, RowRules, Rows, Samples, collate
+from sg4v_ray.training.batch import NO_LABELS, Batches, MicroBatch, RowRules, Rows, collate
 from sg4v_ray.training.plan import FILLER, Plan
+from sg4v_ray.training.samples import Samples
 
 TOKENS_AN_IMAGE, SIDE = 4, 16
 RULES = RowRules(
@@ -168,7 +169,7 @@ def test_a_resumed_worker_makes_the_batches_that_it_would_have_made(
     batches = Batches(
         plan=Plan(num_samples=5, global_batch=4, micro_batch=2, total_steps=5, seed=0),
         rows=_rows(file, tiny_model),
-        pixel_maker=PIXELS,
+        normalise=PIXELS,
         rank=1,
         world_size=2,
         threads=2,

@@ -84,8 +84,8 @@ def test_every_row_of_a_batch_stops_at_its_own_max_tokens(
 def test_an_answer_that_stops_ends_with_the_only_end_token(
     engine: Engine, pictures: Pictures, ask: Ask, run: Run
 ) -> None:
-    # So hot that every token is nearly as likely as the end token.
-    requests = [ask(pictures[0], max_tokens=200, temperature=20.0, seed=seed) for seed in range(12)]
+    # So hot that the end token, which the model has no reason to say, comes up now and then.
+    requests = [ask(pictures[0], max_tokens=200, temperature=2.0, seed=seed) for seed in range(12)]
     answers = run(_complete_all(engine, requests))
     assert "stop" in {one.finish_reason for one in answers}
     for one in answers:
@@ -126,7 +126,7 @@ def test_a_seed_gives_the_same_sample_in_any_batch_and_order(
     engine: Engine, pictures: Pictures, ask: Ask, run: Run
 ) -> None:
     requests = [
-        ask(pictures[0], words=3 + seed % 3, max_tokens=16, temperature=3.0, top_p=0.9, seed=seed)
+        ask(pictures[0], words=3 + seed % 3, max_tokens=16, temperature=2.0, top_p=0.9, seed=seed)
         for seed in range(6)
     ]
     alone = [run(complete(engine, one)) for one in requests]
@@ -140,7 +140,7 @@ def test_greedy_and_sampling_rows_share_a_batch(
     engine: Engine, pictures: Pictures, ask: Ask, run: Run
 ) -> None:
     greedy = ask(pictures[0], max_tokens=16)
-    hot = ask(pictures[0], max_tokens=16, temperature=3.0, seed=1)
+    hot = ask(pictures[0], max_tokens=16, temperature=2.0, seed=1)
     alone = [run(complete(engine, one)) for one in (greedy, hot)]
     assert run(_complete_all(engine, [greedy, hot])) == alone
     assert alone[0] != alone[1]

@@ -29,13 +29,12 @@ from sg4v_ray.core.records import Sample, Turn, schema, to_table
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
-from sg4v_ray.model.config import ModelConfig, nano
+from sg4v_ray.model.config import nano
 from sg4v_ray.model.conversation import Conversation
 from sg4v_ray.model.freeze import FreezePlan
 from sg4v_ray.model.weights import create, load
 from sg4v_ray.training import checkpoint, launch
-from sg4v_ray.training.config import StageConfig
-from sg4v_ray.training.launch import Fresh
+from sg4v_ray.training.config import Fresh, StageConfig
 
 DRIVER = """
 import pickle, sys
@@ -189,7 +188,7 @@ def _training_workers() -> list[psutil.Process]:
 def test_the_loss_falls_and_every_sample_is_counted(reference: Manifest) -> None:
     losses = reference.facts["losses"]
     assert len(losses) == reference.counts["steps"] == 24  # 60 samples, 8 a step, 3 epochs
-    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+    assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
     assert reference.counts["samples"] == 180
     assert reference.counts["rejected"] == reference.counts["rejected_truncated"] == 3
 
