@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.model.geometry import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
@@ -41,6 +42,9 @@ class ModelConfig:
     """The longest sequence, image tokens included."""
     image_token_id: int
     pad_token_id: int
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    """Of each channel over the images that the tower was first trained on, 0 to 1."""
+    image_std: tuple[float, ...] = CLIP_STD
     feature_layer: int = -2
     """Which hidden state of the vision tower is projected: -1 is the last block's."""
 

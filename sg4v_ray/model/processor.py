@@ -22,7 +22,7 @@ from transformers import (
 
 from sg4v_ray.core.errors import ConfigError, ContractError
 from sg4v_ray.model.config import BOS_TOKEN_ID, EOS_TOKEN_ID, ModelConfig
-from sg4v_ray.model.geometry import CLIP_MEAN, CLIP_STD, Geometry
+from sg4v_ray.model.geometry import Geometry
 
 _SPECIALS: Final = {
     "bos_token": "<s>",
@@ -65,8 +65,8 @@ def save_processor(
     image_processor = LlavaImageProcessor(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
-        image_mean=list(CLIP_MEAN),
-        image_std=list(CLIP_STD),
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
         do_pad=geometry == "pad",
     )
     LlavaProcessor(

@@ -29,12 +29,11 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from sg4v_ray.core.images import ImageLimits, Rejected, open_image
-from sg4v_ray.recipes.easy_vqa_shapes import COLORS, Color, Shape
+from sg4v_ray.sources.shapes import COLORS, Color, Shape
 
 Size = Literal["small", "medium", "large"]
 Row = Literal["top", "middle", "bottom"]
 Column = Literal["left", "middle", "right"]
-Tint = Literal["white", "cream", "mint", "lilac"]
 Name = TypeVar("Name", Row, Column)
 
 
@@ -51,8 +50,6 @@ class Facts:
     size: Size
     row: Row
     column: Column
-    tint: Tint
-    """Of the background: the channel that it lacks, or white if it lacks none."""
 
 
 def look(image: Image.Image) -> Facts:
@@ -72,7 +69,6 @@ def look(image: Image.Image) -> Facts:
         size=_size(max(width, height) / max(coverage.shape)),
         row=_third(rows, ("top", "middle", "bottom")),
         column=_third(columns, ("left", "middle", "right")),
-        tint=_tint(background),
     )
 
 
@@ -113,39 +109,32 @@ def _third(profile: NDArray[np.float64], names: tuple[Name, Name, Name]) -> Name
     return names[int((inside[0] + inside[-1] + 1) * 3 / 2 / len(profile))]
 
 
-def _tint(background: NDArray[np.float64]) -> Tint:
-    if background.max() - background.min() < 6:
-        return "white"
-    tints: tuple[Tint, ...] = ("mint", "lilac", "cream")
-    return tints[int(background.argmin())]
-
-
-_CORNERS: Final[dict[Shape, str]] = {"circle": "no", "rectangle": "four", "triangle": "three"}
 _SENTENCES: Final = (
-    "A {size} {color} {shape} {where} on a pale background.",
-    "A {color} {shape}, {size}, {where} on a pale background.",
-    "A {shape} in {color}. It is {size} and sits {where} on a pale background.",
-    "The image shows a {shape}. It is {color} and {size}, and it sits {where}.",
-    "{Where} of this pale image there is a {size} {color} {shape}.",
-    "The color is {color}, the shape is a {shape}. It looks {size} and sits {where}.",
-    "A shape with {corners} corners: a {color} {shape}, {size}, {where} on a pale background.",
+    "A {size} {color} {shape} {where}, on a pale background.",
+    "{Where} there is a {size} {color} {shape}, on a pale background.",
+    "The {shape} is {color} and {size}, {where}, on a pale background.",
+    "The color is {color}. It is a {size} {shape} {where}, on a pale background.",
+    "On a pale background, a {color} {shape}, {size}, {where}.",
+    "It is {size} and {where}: a {color} {shape}, on a pale background.",
+    "The shape is a {shape}. It is {color} and {size}, {where}, on a pale background.",
+    "The image shows a {color} {shape}. It is {size}, {where}, on a pale background.",
 )
 
 
 def describe(facts: Facts, rng_seed: int) -> str:
-    """Put the facts into one of many wordings, equal for equal seeds; 12 to 30 words."""
+    """Put the facts into one of eight wordings, equal for equal seeds; 10 to 20 words.
+
+    Each fact is told once. What a reader cannot see in the image, here only the choice of the
+    wording, is kept small: to a nano model in training it is noise that hides the shape.
+    """
     where = _where(facts)
-    return (
-        random.Random(rng_seed)
-        .choice(_SENTENCES)
-        .format(
-            shape=facts.shape,
-            color=facts.color,
-            size=facts.size,
-            corners=_CORNERS[facts.shape],
-            where=where,
-            Where=where.capitalize(),
-        )
+    sentence = random.Random(rng_seed).choice(_SENTENCES)
+    return sentence.format(
+        shape=facts.shape,
+        color=facts.color,
+        size=facts.size,
+        where=where,
+        Where=where.capitalize(),
     )
 
 

@@ -50,6 +50,8 @@ class StageConfig:
     before an image's one placeholder becomes 576 tokens.)"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights and activations; the optimizer's copy is float32 in both cases."""
+    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the finished model's weights on disk."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     gradient_checkpointing: bool = True
     """Compute activations again in the backward pass instead of keeping them."""

@@ -122,7 +122,7 @@ def _export(job: Job, home: Storage, folder: Path, model: Any, engine: Any) -> d
         return {}
     # DeepSpeed lays parameters into one buffer, and safetensors takes no views of another tensor.
     copied = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-    weights.save(model, folder, dtype=job.stage.dtype, state=copied)
+    weights.save(model, folder, dtype=job.stage.export_dtype, state=copied)
     return home.upload(folder, MODEL_FOLDER)
 
 

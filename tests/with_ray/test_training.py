@@ -76,6 +76,7 @@ STAGE = StageConfig(
     clip_norm=1.0,
     max_length=200,
     dtype="float32",
+    export_dtype="float32",
     zero_stage=2,
     gradient_checkpointing=False,
     save_every_steps=5,

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop in this process, with DeepSpeed but without Ray: what a step is, what is saved.
+
+`whole` is the run that nothing happened to.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.errors import ConfigError, StorageError, TooManyRejects
+from sg4v_ray.core.rejects import RejectBudget
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.training import checkpoint, loop
+from sg4v_ray.training.checkpoint import Progress
+from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.job import Job
+from sg4v_ray.training.loop import LossNotFinite, Metrics, train
+from sg4v_ray.training.worker import TOKENIZER, make_loop, prepare
+from tests.with_ray.training_site import DATASET, STAGE, TINY, Site, make_site
+
+SHORT = replace(STAGE, epochs=1.5)  # 12 steps
+STEPS = 12
+
+
+class Stopped(Exception):
+    """A test ends a run."""
+
+
+@dataclass
+class Listener:
+    """A monitor that hears every step, stops a run, or announces the end of a machine."""
+
+    stop_at: int | None = None
+    save_at: int | None = None
+    heard: list[Metrics] = field(default_factory=list)
+
+    def report(self, metrics: Metrics) -> None:
+        self.heard.append(metrics)
+        if metrics.step == self.stop_at:
+            raise Stopped
+
+    def should_save(self) -> bool:
+        return self.heard[-1].step == self.save_at
+
+
+@dataclass
+class Run:
+    """Runs of one artifact, one after the other, as restarts are."""
+
+    site: Site
+    name: str
+
+    @property
+    def home(self) -> Storage:
+        return self.site.storage.sub(Ref(name=self.name).path)
+
+    def train(self, stage: StageConfig = SHORT, listener: Listener | None = None) -> Progress:
+        self.home.put(TOKENIZER, self.site.tokenizer.read_bytes())
+        job = Job(
+            stage=stage,
+            model=TINY,
+            start=3,
+            dataset=DATASET,
+            root=str(self.site.root),
+            out=Ref(name=self.name),
+            threads=1,
+            gpu=False,
+            progress=False,
+        )
+        folder = self.site.root.parent / "models" / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        model = prepare(job, self.home, folder)
+        made = make_loop(job, self.home, folder, model, listener or Listener())
+        self.weights = model
+        return train(made)
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints."""
+        paths = [one for one in self.home.list(checkpoint.FOLDER) if one.endswith("complete.json")]
+        return [int(path.split("/")[1].split("-")[0]) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
+    """A root to train in, and a process group of this process alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        patch.setattr(loop, "_REPORT_EVERY_S", 0.0)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield make_site(tmp_path_factory.mktemp("loop"), tiny_model / "tokenizer.json")
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def whole(site: Site) -> Run:
+    run = Run(site, "whole")
+    run.progress = run.train()
+    return run
+
+
+@pytest.fixture
+def run(site: Site, request: pytest.FixtureRequest) -> Run:
+    return Run(site, f"run{abs(hash(request.node.name))}")
+
+
+# --- what a step is -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_accumulation_does_not_change_what_is_learnt(
+    whole: Run, run: Run, micro_batch: int
+) -> None:
+    progress = run.train(replace(SHORT, micro_batch=micro_batch))
+    assert progress.losses == pytest.approx(whole.progress.losses, rel=1e-5)
+    assert progress.grad_norms == pytest.approx(whole.progress.grad_norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_sharding_does_not_change_what_is_learnt(whole: Run, run: Run, zero_stage: int) -> None:
+    progress = run.train(replace(SHORT, zero_stage=zero_stage))
+    assert progress.losses == pytest.approx(whole.progress.losses, rel=1e-5)
+    assert progress.grad_norms == pytest.approx(whole.progress.grad_norms, rel=1e-4)
+
+
+def test_gradient_checkpointing_does_not_change_what_is_learnt(whole: Run, run: Run) -> None:
+    progress = run.train(replace(SHORT, gradient_checkpointing=True))
+    assert progress.losses == pytest.approx(whole.progress.losses, rel=1e-5)
+
+
+def test_the_first_loss_is_the_mean_over_the_labelled_tokens_of_the_global_batch(
+    site: Site, run: Run
+) -> None:
+    progress = run.train(replace(SHORT, max_steps=1, learning_rate=1e-9, micro_batch=8))
+    again = Run(site, f"{run.name}b").train(replace(SHORT, max_steps=1, micro_batch=1))
+    assert progress.losses == pytest.approx(again.losses, rel=1e-6)
+    assert progress.counts["labels"] == again.counts["labels"] > 8
+
+
+def test_metrics_name_step_epoch_rate_and_time_left(run: Run) -> None:
+    listener = Listener()
+    run.train(SHORT, listener)
+    assert [one.step for one in listener.heard] == list(range(1, STEPS + 1))
+    last = listener.heard[-1]
+    assert (last.total_steps, last.epoch, last.eta_s, last.rejected) == (STEPS, 1.5, 0.0, 2)
+    assert last.samples_per_s > 0 and last.tokens_per_s > last.samples_per_s
+    assert listener.heard[0].learning_rate == 0.0 < listener.heard[1].learning_rate
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run: Run) -> None:
+    wild = replace(SHORT, learning_rate=1e30, clip_norm=None, save_every_steps=1)
+    with pytest.raises(LossNotFinite, match="of step 2 is"):
+        run.train(wild)
+    assert run.steps() == [1, 2], "what was saved is from before"
+
+
+def test_more_rejected_samples_than_the_budget_allows_stop_the_run(run: Run) -> None:
+    strict = replace(SHORT, budget=RejectBudget(max_reject_rate=0.0))
+    with pytest.raises(TooManyRejects, match="1 of 92 rows"):
+        run.train(strict)
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(whole: Run, run: Run) -> None:
+    with pytest.raises(Stopped):
+        run.train(SHORT, Listener(stop_at=7))
+    assert run.steps() == [5]
+    progress = run.train()
+    assert progress.resumed_at == (5,)
+    assert progress.losses == whole.progress.losses
+    assert progress.counts == whole.progress.counts
+    expected = whole.weights.state_dict()
+    for name, weight in run.weights.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+
+
+def test_a_run_that_was_over_trains_no_further_step(whole: Run) -> None:
+    again = Run(whole.site, whole.name)
+    assert again.train().losses == whole.progress.losses
+
+
+def test_the_last_two_checkpoints_are_kept(run: Run) -> None:
+    run.train(replace(SHORT, save_every_steps=3))
+    assert run.steps() == [9, 12]
+
+
+def test_a_machine_that_will_be_taken_away_makes_the_run_save_at_once(run: Run) -> None:
+    with pytest.raises(Stopped):
+        run.train(SHORT, Listener(save_at=2, stop_at=3))
+    assert run.steps() == [2]
+
+
+def test_an_unfinished_checkpoint_is_not_used_and_then_removed(run: Run) -> None:
+    run.home.put(f"{checkpoint.FOLDER}/00000099-dead/mp_rank_00_model_states.pt", b"half")
+    assert run.train().resumed_at == ()
+    assert run.steps() == [10, 12]
+    assert not any("dead" in path for path in run.home.list(checkpoint.FOLDER))
+
+
+def test_a_damaged_checkpoint_is_refused_before_it_is_unpickled(run: Run) -> None:
+    run.train()
+    damaged = next(one for one in run.home.list(checkpoint.FOLDER) if "00000012" in one)
+    run.home.put(damaged, run.home.get(damaged)[:-1] + b"!")
+    with pytest.raises(StorageError, match="to resume from the checkpoint before it"):
+        run.train()
+
+
+def test_a_checkpoint_of_another_number_of_workers_is_refused(run: Run) -> None:
+    run.train()
+    newest = f"{checkpoint.FOLDER}/{checkpoint.newest(run.home).name}/complete.json"
+    record = json.loads(run.home.get(newest))
+    run.home.put(newest, json.dumps(record | {"world_size": 4}).encode())
+    with pytest.raises(ConfigError, match="resume with train_workers=4"):
+        run.train()
