@@ -38,8 +38,7 @@ class CaptionsPart:
 
     captions: Ref
     only_words: tuple[str, ...] = ()
-    """Shrink each caption to the first of these words that it holds; empty keeps it whole. For
-    the ablation that pretrains on one-word captions of the same images."""
+    """Shrink each caption to those of its words that are listed here; empty keeps it whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,10 +142,10 @@ def _from_captions(
 
 
 def shrink(text: str, words: tuple[str, ...]) -> str | None:
-    """Return the first of `words` that a text holds, or None."""
+    """Return the words of a text that are among `words`, in order and each once, or None."""
     pattern = "|".join(re.escape(word) for word in words)
-    found = re.search(rf"\b({pattern})\b", text.lower())
-    return found.group(1) if found else None
+    found = dict.fromkeys(re.findall(rf"\b({pattern})\b", text.lower()))
+    return " ".join(found) or None
 
 
 def _from_questions(storage: Storage, part: QuestionsPart, seed: int) -> Iterator[Sample]:

@@ -30,7 +30,8 @@ _BOS, _EOS, _IMAGE, _PAD = "<s>", "</s>", "<image>", "<pad>"
 _PERSON: dict[TemplateName, str] = {"vicuna_v1": "user", "llava_v1": "human"}
 
 
-def _system(template: TemplateName) -> str:
+def system_prompt(template: TemplateName) -> str:
+    """Return the sentences that open a chat of a template other than `plain`."""
     person = _PERSON[template]
     return (
         f"A chat between a curious {person} and an artificial intelligence assistant. The "
@@ -138,7 +139,7 @@ class Conversation:
     def _parts(self, turns: Sequence[Turn], num_images: int, system: str | None) -> list[_Part]:
         if self.template == "plain":
             return list(_plain_parts(turns, num_images, system))
-        text = _system(self.template) if system is None else system
+        text = system_prompt(self.template) if system is None else system
         return list(_chat_parts(turns, num_images, text))
 
     def _encode(self, parts: list[_Part]) -> Encoded:
@@ -222,7 +223,7 @@ def chat_template(template: TemplateName) -> str:
     """
     if template == "plain":
         return jinja.plain()
-    return jinja.chat(_system(template))
+    return jinja.chat(system_prompt(template))
 
 
 def _check_turns(turns: Sequence[Turn], *, last: str) -> None:

@@ -6,12 +6,18 @@ Llama's special tokens keep Llama's ids. Words are taken from a fixed text, so t
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Final
 
+import easy_vqa
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from sg4v_ray.model.conversation import system_prompt
+from sg4v_ray.model.instructions import TRAINING_QUESTIONS
+from sg4v_ray.recipes.easy_vqa_teacher import describe, look
+from sg4v_ray.sources import shapes
 
 SPECIAL_TOKENS: Final = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 VOCAB_SIZE: Final = 512
@@ -40,6 +46,19 @@ def build(texts: Iterable[str]) -> Tokenizer:
         [AddedToken(one, special=True, normalized=False) for one in SPECIAL_TOKENS]
     )
     return tokenizer
+
+
+def corpus() -> Iterator[str]:
+    """Yield what the nano reads and writes: questions and their prompts, wordings, answers."""
+    for question in (*TRAINING_QUESTIONS, *dict.fromkeys(easy_vqa.get_train_questions()[0])):
+        yield f"{system_prompt('vicuna_v1')} USER: \n{question} ASSISTANT:"
+        yield f"USER: {question} ASSISTANT:"
+    for seed in range(2_000):
+        facts = look(shapes.draw(seed))
+        yield f" {describe(facts, seed)}"
+        yield describe(facts, seed)
+    for answer in easy_vqa.get_answers():
+        yield from (f" {answer}",) * 100
 
 
 def file() -> Path:

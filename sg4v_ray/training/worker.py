@@ -14,6 +14,7 @@ from typing import Any
 
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.util.metrics import Gauge
 
 from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
@@ -26,7 +27,7 @@ from sg4v_ray.model.processor import PixelMaker, save_processor
 from sg4v_ray.training.batch import Batches, RowRules, Rows
 from sg4v_ray.training.deepspeed import initialise
 from sg4v_ray.training.job import LASTING, OUTCOME, TOKENIZER, Job, Outcome, make_plan
-from sg4v_ray.training.loop import Loop, Metrics, train
+from sg4v_ray.training.loop import Loop, Metrics, Monitor, train
 from sg4v_ray.training.samples import open_samples
 from sg4v_ray.training.schedule import Schedule
 
@@ -41,8 +42,9 @@ def work(job: Job) -> None:
     home = Storage(job.root).sub(job.out.path)
     with tempfile.TemporaryDirectory(prefix="sg4v-model-") as name:
         folder = Path(name)
-        model = _prepare(job, home, folder)
-        loop = _loop(job, home, folder, model)
+        model = prepare(job, home, folder)
+        monitor = _RayMonitor(str(job.out), rank=dist.get_rank(), show=job.progress)
+        loop = make_loop(job, home, folder, model, monitor)
         try:
             outcome = Outcome(progress=train(loop))
         except tuple(LASTING.values()) as error:
@@ -50,11 +52,11 @@ def work(job: Job) -> None:
         else:
             digests = _export(job, home, folder, model, loop.engine)
             outcome = dataclasses.replace(outcome, digests=digests)
-        if ray.train.get_context().get_world_rank() == 0:
+        if dist.get_rank() == 0:
             home.put(OUTCOME, json.dumps(dataclasses.asdict(outcome)).encode())
 
 
-def _prepare(job: Job, home: Storage, folder: Path) -> Any:
+def prepare(job: Job, home: Storage, folder: Path) -> Any:
     """Return the model, and put tokenizer and processor into the folder that will be exported."""
     stage = job.stage
     model: Any
@@ -78,9 +80,17 @@ def _prepare(job: Job, home: Storage, folder: Path) -> Any:
     return model.train()
 
 
-def _loop(job: Job, home: Storage, folder: Path, model: Any) -> Loop:
-    stage, context = job.stage, ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monitor) -> Loop:
+    """Return what `train` takes, of this rank of the process group.
+
+    Args:
+        job: what to train on, and how.
+        home: storage of the artifact.
+        folder: with tokenizer and processor, from `prepare`.
+        model: from `prepare`.
+        monitor: hears of the progress.
+    """
+    stage, rank, world_size = job.stage, dist.get_rank(), dist.get_world_size()
     samples = open_samples(Storage(job.root), job.dataset)
     rules = RowRules(
         geometry=stage.geometry,
@@ -110,7 +120,7 @@ def _loop(job: Job, home: Storage, folder: Path, model: Any) -> Loop:
         save_every_steps=stage.save_every_steps,
         budget=stage.budget,
         dtype=weights.to_dtype(stage.dtype),
-        monitor=_RayMonitor(str(job.out), rank=rank, show=job.progress),
+        monitor=monitor,
     )
 
 
@@ -118,7 +128,7 @@ def _export(job: Job, home: Storage, folder: Path, model: Any, engine: Any) -> d
     """Write the model folder from rank 0; under ZeRO-3 all ranks give their parts."""
     sharded = job.stage.zero_stage == 3
     state = engine._zero3_consolidated_16bit_state_dict() if sharded else model.state_dict()
-    if ray.train.get_context().get_world_rank() != 0:
+    if dist.get_rank() != 0:
         return {}
     # DeepSpeed lays parameters into one buffer, and safetensors takes no views of another tensor.
     copied = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}

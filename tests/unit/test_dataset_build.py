@@ -81,16 +81,17 @@ def test_all_questions_of_an_image_are_one_conversation(where: Where) -> None:
     assert asked == [f"is it {answer}?" for answer in answers]
 
 
-def test_one_word_captions_count_what_they_cannot_shrink(where: Where) -> None:
+def test_shrunken_captions_count_what_they_cannot_shrink(where: Where) -> None:
     part = CaptionsPart(captions=CAPTIONS, only_words=("circle", "triangle"))
     manifest = run(BuildConfig(parts=(part,), seed=1), out=OUT, where=where)
-    assert [one.turns[1].text for one in built(where)] == ["circle", "triangle"]
+    assert [one.turns[1].text for one in built(where)] == ["circle", "triangle circle"]
     assert manifest.counts["left_out_without_word"] == 1
 
 
-def test_the_first_word_counts_and_parts_of_words_do_not() -> None:
-    assert shrink("A Triangle in a circle", ("circle", "triangle")) == "triangle"
-    assert shrink("circles", ("circle",)) is None
+def test_words_keep_their_order_count_once_and_parts_of_words_do_not() -> None:
+    words = ("circle", "red", "triangle")
+    assert shrink("Red: a circle. The circle is red.", words) == "red circle"
+    assert shrink("circles", words) is None
 
 
 def test_two_parts_must_not_share_ids(where: Where) -> None:

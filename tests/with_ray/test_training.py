@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on a real Ray cluster with DeepSpeed: what may happen to a run and must not change it.
 
-One tiny model, 60 synthetic images, float32. `reference` is the run that nothing happened to.
+`reference` is the run that nothing happened to. test_training_loop.py holds what one process shows.
 """
 
 import contextlib
@@ -9,151 +9,39 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
 import pytest
 import ray
-import safetensors.torch
 import torch
-from PIL import Image
-from torch import Tensor
 
-from sg4v_ray.core.artifact import Manifest, Ref, begin, commit
+from sg4v_ray.core.artifact import Manifest, Ref
 from sg4v_ray.core.errors import ArtifactDrift, ConfigError, TooManyRejects
-from sg4v_ray.core.lease import hold
-from sg4v_ray.core.records import Sample, Turn, schema, to_table
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import Storage
-from sg4v_ray.core.where import Where
-from sg4v_ray.model.config import nano
 from sg4v_ray.model.conversation import Conversation
-from sg4v_ray.model.freeze import FreezePlan
 from sg4v_ray.model.weights import create, load
 from sg4v_ray.training import checkpoint, launch
-from sg4v_ray.training.config import Fresh, StageConfig
+from sg4v_ray.training.config import StageConfig
+from tests.with_ray.training_site import DATASET, STAGE, TINY, Site, make_site
 
 DRIVER = """
 import pickle, sys
 from pathlib import Path
 import ray
-from sg4v_ray.training import checkpoint, launch
+from sg4v_ray.training import launch
 ray.init(address=sys.argv[1], log_to_driver=False)
 launch.run(**pickle.loads(Path(sys.argv[2]).read_bytes()))
 """
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-DATASET = Ref(name="shapes")
-COLOURS = ("red", "green", "blue", "white", "black")
-TINY = replace(
-    nano(400),
-    name="tiny",
-    image_size=16,
-    vision_width=32,
-    vision_mlp=64,
-    vision_layers=3,
-    vision_heads=2,
-    text_width=32,
-    text_mlp=64,
-    text_layers=2,
-    text_heads=2,
-    text_kv_heads=2,
-    max_positions=256,
-)
-STAGE = StageConfig(
-    kind="captioner",
-    template="vicuna_v1",
-    geometry="pad",
-    trainable=FreezePlan(projector=True, language_model=True, vision_from_block=1),
-    learning_rate=5e-3,
-    global_batch=8,
-    micro_batch=4,
-    epochs=3.0,
-    weight_decay=0.01,
-    clip_norm=1.0,
-    max_length=200,
-    dtype="float32",
-    export_dtype="float32",
-    zero_stage=2,
-    gradient_checkpointing=False,
-    save_every_steps=5,
-    budget=RejectBudget(max_reject_rate=0.1),
-)
-
-
-def _samples(folder: Path) -> Iterator[Sample]:
-    for i in range(60):
-        colour = COLOURS[i % len(COLOURS)]
-        file = folder / f"{i}.png"
-        Image.new("RGB", (20, 10 + i % 5), colour).save(file)
-        if i == 7:
-            file.write_bytes(file.read_bytes()[:40])  # the one broken image
-        turns = (
-            Turn(role="user", text="Which colour?"),
-            Turn(role="assistant", text=" ".join([colour] * (1 + i % 3))),
-        )
-        yield Sample(id=str(i), source="test", uri=None if i % 10 == 3 else str(file), turns=turns)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A root with a dataset, and a tokenizer beside it."""
-
-    root: Path
-    tokenizer: Path
-
-    @property
-    def storage(self) -> Storage:
-        return Storage(str(self.root))
-
-    def where(self, workers: int = 2) -> Where:
-        return Where(root=str(self.root), train_workers=workers, worker_cpus=0.5)
-
-    def fresh(self) -> Fresh:
-        return Fresh(model=TINY, tokenizer_file=str(self.tokenizer), seed=3)
-
-    def run(self, name: str, stage: StageConfig = STAGE, *, workers: int = 2) -> Manifest:
-        return launch.run(
-            stage,
-            start=self.fresh(),
-            dataset=DATASET,
-            out=Ref(name=name),
-            where=self.where(workers),
-        )
-
-    def weights(self, name: str) -> dict[str, Tensor]:
-        folder = self.root / name / "v1" / "model"
-        (file,) = folder.glob("*.safetensors")
-        return safetensors.torch.load_file(file)
-
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Site:
-    folder = tmp_path_factory.mktemp("training")
-    images = folder / "images"
-    images.mkdir()
-    site = Site(folder / "root", tiny_model / "tokenizer.json")
-    home = begin(site.storage, DATASET, {"made": "by hand"})
-    staging = folder / "staging"
-    staging.mkdir()
-    with pa.ipc.new_file(str(staging / "samples.arrow"), schema(Sample)) as writer:
-        rows = list(_samples(images))
-        for start in range(0, len(rows), 25):  # several record batches, as large datasets have
-            writer.write_table(to_table(Sample, rows[start : start + 25]))
-    with hold(home) as lease:
-        commit(
-            site.storage,
-            DATASET,
-            config={"made": "by hand"},
-            inputs={},
-            counts={"samples": 60},
-            digests=site.storage.upload(staging, DATASET.path),
-            lease=lease,
-        )
-    return site
+    return make_site(tmp_path_factory.mktemp("training"), tiny_model / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +67,7 @@ def _training_workers() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::RayTrain") or "ray::RayTrainWorker" in " ".join(
-                process.cmdline()[:1]
-            ):
+            if "ray::RayTrainWorker" in " ".join(process.cmdline()[:1]):
                 found.append(process)
     return found
 
@@ -216,14 +102,6 @@ def test_the_model_folder_is_complete_and_what_the_manifest_says(
     assert Conversation.open(folder, "vicuna_v1").image_token_id == TINY.image_token_id
     assert launch.model_config(reference) == TINY
     assert not (site.root / "reference" / "v1" / checkpoint.FOLDER).exists()
-
-
-def test_one_worker_with_accumulation_learns_the_same_as_two_without(
-    site: Site, reference: Manifest
-) -> None:
-    alone = site.run("alone", replace(STAGE, micro_batch=2), workers=1)
-    for name in ("losses", "grad_norms"):
-        assert alone.facts[name] == pytest.approx(reference.facts[name], rel=1e-5)
 
 
 def test_a_killed_worker_and_a_killed_driver_leave_the_weights_as_they_would_have_been(
