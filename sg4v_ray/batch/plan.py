@@ -170,8 +170,9 @@ def _refuse_unprotected(rows: "ray.data.Dataset") -> None:
 def _protected(checkpoint: Storage) -> Iterator[None]:
     """Set Ray's checkpoint, and quiet bars (ours counts rows), for the datasets made inside."""
     context = DataContext.get_current()
+    names = ("checkpoint_config", "enable_progress_bars", "use_datasource_v2")
+    before = {name: getattr(context, name) for name in names}
     filesystem, path = checkpoint.arrow()
-    before = (context.checkpoint_config, context.enable_progress_bars)
     context.checkpoint_config = CheckpointConfig(
         id_column="id",
         checkpoint_path=path,
@@ -179,10 +180,14 @@ def _protected(checkpoint: Storage) -> Iterator[None]:
         delete_checkpoint_on_success=False,
     )
     context.enable_progress_bars = False
+    # The newer reader starts up to 32 actors to look at Parquet footers: a minute on two cores,
+    # and our indexes are a few small files.
+    context.use_datasource_v2 = False
     try:
         yield
     finally:
-        context.checkpoint_config, context.enable_progress_bars = before
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def check_cluster(where: Where) -> None:

@@ -186,7 +186,7 @@ def easy_vqa() -> Line:
             out=ALIGNED,
         ),
         captioner=TrainStep(
-            config=_stage("captioner", learning_rate=1e-3, epochs=10.0),
+            config=_stage("captioner", learning_rate=4e-4, epochs=10.0),
             start=ALIGNED,
             dataset=CAPTIONER_DATA,
             out=CAPTIONER,
@@ -194,14 +194,14 @@ def easy_vqa() -> Line:
         caption=_caption_step(TRAIN_IMAGES, CAPTIONER, CAPTIONS),
         pretrain=TrainStep(
             config=_stage(
-                "pretrain", template="plain", geometry="square", learning_rate=1e-3, epochs=2.0
+                "pretrain", template="plain", geometry="square", learning_rate=4e-4, epochs=3.0
             ),
             start=ALIGNED,
             dataset=PRETRAIN_DATA,
             out=PRETRAINED,
         ),
         finetune=TrainStep(
-            config=_stage("finetune", learning_rate=1e-3, trainable=TOWER_FROZEN, epochs=4.0),
+            config=_stage("finetune", learning_rate=4e-4, trainable=TOWER_FROZEN, epochs=5.0),
             start=PRETRAINED,
             dataset=FINETUNE_DATA,
             out=VLM,
