@@ -5,10 +5,11 @@ LOCK ?= requirements-cpu.lock
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 ROOT := $(CURDIR)/runs
+CPUS := --where.engine-threads 2
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo clean-demo test check format loop loop-baselines show-line lock
+.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,7 +25,7 @@ help:  ## list the targets
 install: .venv/installed  ## make .venv and install the locked packages
 
 demo: .venv/installed  ## caption the 1,000 easy-VQA test images with the captioner of this repository
-	$(RUN) jobs.demo demo --where.root $(ROOT)/demo
+	$(RUN) jobs.demo demo --where.root $(ROOT)/demo $(CPUS)
 
 clean-demo:  ## delete the demo's results
 	rm -rf runs/demo
@@ -43,11 +44,16 @@ format: .venv/installed  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 
 loop: .venv/installed  ## the whole system in miniature: teach, caption, train, evaluate (about an hour)
-	$(RUN) jobs.run_all easy-vqa --where.root $(ROOT)/easy-vqa
+	$(RUN) jobs.run_all easy-vqa --where.root $(ROOT)/easy-vqa $(CPUS)
+
+embed:  ## make the captioner of the last loop the one that comes with this repository
+	rm -rf sg4v_ray/recipes/nano_captioner
+	mkdir sg4v_ray/recipes/nano_captioner
+	cp -r runs/easy-vqa/captioner/v1/model runs/easy-vqa/captioner/v1/manifest.json sg4v_ray/recipes/nano_captioner/
 
 loop-baselines: .venv/installed  ## the same without good captions: one word each, or none
-	$(RUN) jobs.run_all easy-vqa-one-word --where.root $(ROOT)/easy-vqa
-	$(RUN) jobs.run_all easy-vqa-no-pretraining --where.root $(ROOT)/easy-vqa
+	$(RUN) jobs.run_all easy-vqa-one-word --where.root $(ROOT)/easy-vqa $(CPUS)
+	$(RUN) jobs.run_all easy-vqa-no-pretraining --where.root $(ROOT)/easy-vqa $(CPUS)
 
 show-line: .venv/installed  ## everything this repository claims and a script can show
 	$(MAKE) check

@@ -214,9 +214,20 @@ def _made() -> dict[str, str]:
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("SG4V_COMMIT", "") or _commit(),
         "python": platform.python_version(),
-        "argv": " ".join(Path(one).name if i == 0 else one for i, one in enumerate(sys.argv)),
+        "argv": " ".join([Path(sys.argv[0]).name, *_without_placement(sys.argv[1:])]),
         **versions,
     }
+
+
+def _without_placement(flags: list[str]) -> list[str]:
+    """Drop --where flags: they name folders of one machine and decide nothing."""
+    kept, skip = [], False
+    for flag in flags:
+        is_where = flag.startswith("--where.")
+        if not is_where and not (skip and not flag.startswith("--")):
+            kept.append(flag)
+        skip = is_where and "=" not in flag
+    return kept
 
 
 def _commit() -> str:

@@ -53,6 +53,15 @@ def test_a_finished_artifact_says_what_it_is(storage: Storage) -> None:
     json.loads(storage.get("captions/v1/manifest.json"))
 
 
+def test_a_manifest_names_no_folder_of_the_machine(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["/home/me/jobs/x.py", "demo", "--where.root", "/home/me/runs", "--out.version=v2"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--where.max-actors=2"])
+    finish(storage, {"beams": 3})
+    assert find(storage, REF).made["argv"] == "x.py demo --out.version=v2"
+
+
 def test_another_config_is_drift_with_both_values(storage: Storage) -> None:
     finish(storage, {"beams": 3})
     with pytest.raises(ArtifactDrift, match=r"config\.beams: 3 there, 1 here"):
