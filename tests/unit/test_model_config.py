@@ -82,9 +82,9 @@ def test_transformers_is_told_all_that_the_published_config_says() -> None:
     ("change", "names"),
     [
         ({"patch_size": 7}, "image_size by patch_size: 64 / 7"),
-        ({"text_heads": 5}, "text_width by text_heads: 192 / 5"),
-        ({"text_kv_heads": 4}, "text_heads by text_kv_heads: 6 / 4"),
-        ({"feature_layer": 0}, "feature_layer must be between -5 and -1, got 0"),
+        ({"text_heads": 5}, "text_width by text_heads: 128 / 5"),
+        ({"text_kv_heads": 3}, "text_heads by text_kv_heads: 4 / 3"),
+        ({"feature_layer": 0}, "feature_layer must be between -4 and -1, got 0"),
         ({"image_token_id": 512}, "image_token_id must be above 2 and below vocab_size 512"),
         ({"pad_token_id": 2}, "pad_token_id must be above 2"),
     ],

@@ -159,7 +159,7 @@ BIAS = "multi_modal_projector.linear_1.bias"
         ),
         pytest.param(
             lambda state: state.update({BIAS: torch.zeros(7)}),
-            r"misshapen .*linear_1.bias .*\[7\].*\[192\]",
+            r"misshapen .*linear_1.bias .*\[7\].*\[128\]",
             id="misshapen",
         ),
         pytest.param(
