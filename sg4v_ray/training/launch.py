@@ -76,7 +76,9 @@ def run(
         if isinstance(start, Fresh):
             home.put(TOKENIZER, Path(start.tokenizer_file).read_bytes())
         began = time.monotonic()
-        outcome = _fit(job, home, where, lease)
+        home.delete(OUTCOME)
+        _fit(job, home, where, lease)
+        outcome = read_outcome(home)
         facts = _facts(job, outcome, seconds=time.monotonic() - began)
         manifest = commit(
             storage,
@@ -179,9 +181,8 @@ def _work(config: dict[str, Any]) -> None:
     work(config["job"])
 
 
-def _fit(job: Job, home: Storage, where: Where, lease: Lease) -> Outcome:
-    """Let Ray Train run the workers; return what rank 0 wrote at the end."""
-    home.delete(OUTCOME)
+def _fit(job: Job, home: Storage, where: Where, lease: Lease) -> None:
+    """Let Ray Train run the workers to their end."""
     filesystem, path = home.arrow(_RAY)
     resources = {"CPU": where.worker_cpus, **({"GPU": 1.0} if where.train_gpu else {})}
     TorchTrainer(
@@ -200,6 +201,10 @@ def _fit(job: Job, home: Storage, where: Where, lease: Lease) -> Outcome:
             failure_config=FailureConfig(max_failures=_RESTARTS),
         ),
     ).fit()
+
+
+def read_outcome(home: Storage) -> Outcome:
+    """Return what rank 0 wrote at the end of a run, or raise the error that ended it."""
     outcome = load(Outcome, json.loads(home.get(OUTCOME)))
     if outcome.error:
         raise LASTING[outcome.error](outcome.message)

@@ -81,10 +81,10 @@ def captioned(storage: Storage) -> list[str]:
 
 
 def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not condition():
         assert driver.poll() is None, "the driver ended before it was killed"
-        assert time.monotonic() < deadline, "nothing happened for two minutes"
+        assert time.monotonic() < deadline, "nothing happened for four minutes"
         time.sleep(0.05)
 
 

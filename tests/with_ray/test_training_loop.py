@@ -21,9 +21,10 @@ from sg4v_ray.model.weights import create
 from sg4v_ray.training import checkpoint, loop
 from sg4v_ray.training.checkpoint import Progress
 from sg4v_ray.training.config import StageConfig
-from sg4v_ray.training.job import Job
+from sg4v_ray.training.job import TOKENIZER, Job
+from sg4v_ray.training.launch import read_outcome
 from sg4v_ray.training.loop import Loop, LossNotFinite, Metrics, train
-from sg4v_ray.training.worker import TOKENIZER, make_loop, prepare
+from sg4v_ray.training.worker import make_loop, prepare, work
 from tests.with_ray.training_site import DATASET, STAGE, TINY, Site, make_site
 
 SHORT = replace(STAGE, epochs=1.5)  # 12 steps
@@ -62,9 +63,9 @@ class Run:
     def home(self) -> Storage:
         return self.site.storage.sub(Ref(name=self.name).path)
 
-    def loop(self, stage: StageConfig, listener: Listener) -> Loop:
+    def job(self, stage: StageConfig) -> Job:
         self.home.put(TOKENIZER, self.site.tokenizer.read_bytes())
-        job = Job(
+        return Job(
             stage=stage,
             model=TINY,
             start=3,
@@ -75,6 +76,9 @@ class Run:
             gpu=False,
             progress=False,
         )
+
+    def loop(self, stage: StageConfig, listener: Listener) -> Loop:
+        job = self.job(stage)
         folder = self.site.root.parent / "models" / self.name
         folder.mkdir(parents=True, exist_ok=True)
         self.model = prepare(job, self.home, folder)
@@ -177,10 +181,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run: Run) ->
     assert run.steps() == [1, 2], "what was saved is from before"
 
 
-def test_more_rejected_samples_than_the_budget_allows_stop_the_run(run: Run) -> None:
+def test_more_rejected_samples_than_the_budget_allows_end_the_run_and_the_driver_hears_of_it(
+    run: Run,
+) -> None:
     strict = replace(SHORT, budget=RejectBudget(max_reject_rate=0.0))
+    work(run.job(strict))  # no exception here: Ray would start the workers again
     with pytest.raises(TooManyRejects, match="1 of 92 rows"):
-        run.train(strict)
+        read_outcome(run.home)
+    assert not any(path.startswith("model/") for path in run.home.list())
 
 
 # --- checkpoints --------------------------------------------------------------------------------
