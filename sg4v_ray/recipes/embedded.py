@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from sg4v_ray.core.artifact import MANIFEST, Ref
+from sg4v_ray.core.errors import ArtifactMissing
 from sg4v_ray.core.storage import Storage
 
 _log = logging.getLogger(__name__)
@@ -24,9 +25,17 @@ def folder() -> Path:
 
 
 def install_captioner(storage: Storage) -> Ref:
-    """Copy the captioner below a root unless it is there; its manifest is copied last."""
+    """Copy the captioner below a root unless it is there; its manifest is copied last.
+
+    Raises:
+        ArtifactMissing: this checkout comes without a captioner.
+    """
     if storage.exists(f"{CAPTIONER.path}/{MANIFEST}"):
         return CAPTIONER
+    if not (folder() / MANIFEST).is_file():
+        raise ArtifactMissing(
+            f"this checkout has no captioner in {folder()}; run `make loop`, then `make embed`"
+        )
     manifest = json.loads((folder() / MANIFEST).read_text())
     storage.upload(folder() / _MODEL, f"{CAPTIONER.path}/{_MODEL}")
     renamed = {**manifest, "name": CAPTIONER.name, "version": CAPTIONER.version}

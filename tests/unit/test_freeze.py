@@ -134,7 +134,9 @@ def test_freezing_twice_leaves_only_the_second_plan() -> None:
 
 
 def test_a_block_that_gets_no_gradient_cannot_be_the_first_to_train() -> None:
-    plan = FreezePlan(projector=True, language_model=True, vision_from_block=nano().used_vision_layers)
+    plan = FreezePlan(
+        projector=True, language_model=True, vision_from_block=nano().used_vision_layers
+    )
     with pytest.raises(ConfigError, match="only the blocks 0 to 2"):
         trainable(_empty(nano()), plan)
 

@@ -138,6 +138,13 @@ def test_sharding_does_not_change_what_is_learnt(whole: Run, run: Run, zero_stag
     assert progress.grad_norms == pytest.approx(whole.progress.grad_norms, rel=1e-4)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_bfloat16_learns_nearly_the_same(whole: Run, run: Run, zero_stage: int) -> None:
+    half = replace(SHORT, dtype="bfloat16", zero_stage=zero_stage)
+    progress = run.train(half)
+    assert progress.losses == pytest.approx(whole.progress.losses, rel=0.03)
+
+
 def test_gradient_checkpointing_does_not_change_what_is_learnt(whole: Run, run: Run) -> None:
     progress = run.train(replace(SHORT, gradient_checkpointing=True))
     assert progress.losses == pytest.approx(whole.progress.losses, rel=1e-5)
