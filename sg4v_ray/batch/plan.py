@@ -22,6 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
@@ -42,6 +43,7 @@ LIGHT_CPUS = 0.25
 _MARK = "SG4V_WRITER"
 FIRST_ATTEMPT = f"{ROWS}/attempt-0001"
 _CHECKPOINT = "checkpoint"
+_PENDING = ".pending.parquet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,12 +101,15 @@ def run(
     _wait_for_old_writers(home)
     wanted = read_columns(index, ["id"])["id"]
     speed = Speed()
-    if _anything_left(attempt, checkpoint, wanted):
+    finished = _finished(checkpoint)
+    if _pending(checkpoint) or len(finished) < len(wanted):
         check_cluster(where)
         mark = uuid.uuid4().hex
         home.put("writer.json", json.dumps({"mark": mark}).encode())
-        done = len(wanted) - len(_missing(attempt, wanted))
-        with _protected(checkpoint), show_progress(home, done, len(wanted), where) as tally:
+        with (
+            _protected(checkpoint),
+            show_progress(home, len(finished), len(wanted), where) as tally,
+        ):
             _execute(index, attempt, work, flow, where, tally, mark)
             speed = ray.get(tally.speed.remote())
     outcome = read_columns(attempt, ["id", "num_tokens", "reject"])
@@ -207,15 +212,24 @@ def check_cluster(where: Where) -> None:
         )
 
 
-def _anything_left(attempt: Storage, checkpoint: Storage, wanted: pa.ChunkedArray) -> bool:
-    """Say whether rows are missing, or a block was being written when the last run died."""
-    pending = any(path.endswith(".pending.parquet") for path in checkpoint.list())
-    return pending or len(_missing(attempt, wanted)) > 0
+def _pending(checkpoint: Storage) -> list[str]:
+    """Return the notes of blocks that were being written when the last run died."""
+    return [path for path in checkpoint.list() if path.endswith(_PENDING)]
 
 
-def _missing(attempt: Storage, wanted: pa.ChunkedArray) -> pa.ChunkedArray:
-    found = read_columns(attempt, ["id"])["id"]
-    return wanted.filter(pc.invert(pc.is_in(wanted, value_set=found)))
+def _finished(checkpoint: Storage) -> set[str]:
+    """Return the ids of the blocks that were written whole.
+
+    Read from the notes and not from the rows: a killed task leaves half a Parquet file, which
+    Ray deletes with its pending note when the plan starts again.
+    """
+    filesystem, path = checkpoint.arrow()
+    ids: set[str] = set()
+    for name in checkpoint.list():
+        if name.endswith(".parquet") and not name.endswith(_PENDING):
+            table = pq.read_table(f"{path}/{name}", columns=["id"], filesystem=filesystem)
+            ids.update(table["id"].to_pylist())
+    return ids
 
 
 def verify(wanted: pa.ChunkedArray, found: pa.ChunkedArray, *, where: str) -> None:

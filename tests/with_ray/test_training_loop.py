@@ -163,7 +163,7 @@ def test_a_loss_is_that_of_transformers_over_the_labelled_tokens_of_the_global_b
                 pixel_values=one.pixels_N3SS,
                 labels=one.labels_BT,
             ).loss
-            total += float(loss) * one.counts["labels"]
+            total += float(loss.detach()) * one.counts["labels"]
             labels += one.counts["labels"]
     assert whole.progress.losses[0] == pytest.approx(total / labels, rel=1e-5)
 
