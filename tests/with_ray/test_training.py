@@ -103,6 +103,8 @@ def test_the_model_folder_is_complete_and_what_the_manifest_says(
     assert not (site.root / "reference" / "v1" / checkpoint.FOLDER).exists()
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
 def test_a_killed_worker_and_a_killed_driver_leave_the_weights_as_they_would_have_been(
     site: Site, reference: Manifest, tmp_path: Path
 ) -> None:
