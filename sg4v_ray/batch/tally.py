@@ -95,7 +95,7 @@ def show_progress(
     """
     name = "/".join(home.root.rsplit("/", 2)[-2:])
     tally = ray.remote(num_cpus=0)(Tally).remote(name)
-    bar = tqdm(
+    bar: tqdm[None] = tqdm(
         total=total,
         initial=done,
         desc=name,
