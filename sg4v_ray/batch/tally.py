@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Never
 
 import ray
 from ray.util.metrics import Counter as MetricCounter
@@ -95,7 +96,7 @@ def show_progress(
     """
     name = "/".join(home.root.rsplit("/", 2)[-2:])
     tally = ray.remote(num_cpus=0)(Tally).remote(name)
-    bar: tqdm[None] = tqdm(
+    bar = tqdm(
         total=total,
         initial=done,
         desc=name,
@@ -124,7 +125,7 @@ def show_progress(
         ray.kill(tally)
 
 
-def _draw(bar: "tqdm[None]", progress: Progress, done: int, total: int) -> None:
+def _draw(bar: "tqdm[Never]", progress: Progress, done: int, total: int) -> None:
     seconds = bar.format_dict["elapsed"]
     rate = progress.tokens / seconds if seconds else 0.0
     bar.set_postfix_str(f"{rate:.0f} tokens/s, {progress.rejects.total()} rejected", refresh=False)
