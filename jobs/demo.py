@@ -12,19 +12,20 @@ from jobs import _steps
 from jobs._cli import main, parse, ray_session
 from sg4v_ray.analysis.captions import write_report
 from sg4v_ray.core.artifact import MANIFEST
+from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.where import Where
 from sg4v_ray.recipes.line import Line
 
 
 def demo(line: Line, where: Where) -> dict[str, Any]:
     """Run the line's indexing and captioning, write the report, and return its figures."""
+    caption = line.caption
+    if caption is None or len(line.questions) != 1:
+        raise ConfigError("this recipe does not caption images of one set of questions; use `demo`")
+    (questions,) = line.questions
     for index in line.images:
         _steps.index_images(index, where)
-    for questions in line.questions:
-        _steps.index_questions(questions, where)
-    caption, (questions,) = line.caption, line.questions
-    if caption is None:
-        raise AssertionError("the demo recipe captions")
+    _steps.index_questions(questions, where)
     with ray_session():
         _steps.caption_images(caption, where)
     return write_report(

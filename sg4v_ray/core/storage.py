@@ -66,11 +66,18 @@ class Storage:
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", check_root(self.root))
 
-    def open(self) -> Any:
-        """Return the obstore store of this root."""
-        if is_local(self.root):
-            return LocalStore(local_path(self.root), mkdir=True, automatic_cleanup=False)
-        return from_url(self.root)
+    def open(self, *, make: bool = False) -> Any:
+        """Return the obstore store of this root; only `make` may create a local folder.
+
+        Raises:
+            FileNotFoundError: the folder is local and does not exist.
+        """
+        if not is_local(self.root):
+            return from_url(self.root)
+        folder = local_path(self.root)
+        if not make and not folder.is_dir():
+            raise FileNotFoundError(folder)
+        return LocalStore(folder, mkdir=make, automatic_cleanup=False)
 
     def sub(self, path: str) -> "Storage":
         """Return the storage of a folder below this one."""
@@ -82,12 +89,12 @@ class Storage:
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object whole, replacing it atomically when it exists."""
-        obstore.put(self.open(), path, data)
+        obstore.put(self.open(make=True), path, data)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write an object only if it does not exist; say whether this call made it."""
         try:
-            obstore.put(self.open(), path, data, mode="create")
+            obstore.put(self.open(make=True), path, data, mode="create")
         except AlreadyExistsError:
             return False
         return True
@@ -113,12 +120,11 @@ class Storage:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the paths of all objects below a prefix, relative to this root, in order."""
-        found = [
-            cast(str, one["path"])
-            for batch in obstore.list(self.open(), prefix or None)
-            for one in batch
-        ]
-        yield from sorted(found)
+        try:
+            batches = obstore.list(self.open(), prefix or None)
+        except FileNotFoundError:
+            return
+        yield from sorted(cast(str, one["path"]) for batch in batches for one in batch)
 
     def delete(self, prefix: str) -> None:
         """Delete an object, or all objects below a prefix."""
@@ -147,7 +153,7 @@ class Storage:
         for file in sorted(one for one in folder.rglob("*") if one.is_file()):
             name = file.relative_to(folder).as_posix()
             digests[name] = sha256_of(file)
-            obstore.put(self.open(), f"{path}/{name}" if path else name, file)
+            obstore.put(self.open(make=True), f"{path}/{name}" if path else name, file)
         return digests
 
     def localise(self, path: str, *, cache: Path, digests: dict[str, str]) -> Path:

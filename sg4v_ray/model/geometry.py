@@ -54,13 +54,19 @@ def _cropped(image: Image.Image, size: int) -> Image.Image:
     # The resized sides and the crop's corner are whole numbers in the published code.
     wide, high = size * width // short, size * height // short
     left, top = (wide - size) // 2, (high - size) // 2
-    box = (
-        left * width / wide,
-        top * height / high,
-        (left + size) * width / wide,
-        (top + size) * height / high,
+    # Two passes by hand, rows first, as in the published code: since version 13 Pillow takes the
+    # cheaper order, which the crop can turn round, and the rounding between them is not the same.
+    scale = height / high
+    first, last = top * scale, (top + size) * scale
+    reach = math.ceil(2 * max(scale, 1.0)) + 1  # what the bicubic filter sees beyond the crop
+    above, below = max(0, math.floor(first) - reach), min(height, math.ceil(last) + reach)
+    rows = image.crop((0, above, width, below)).resize(
+        (size, below - above),
+        Image.Resampling.BICUBIC,
+        box=(left * width / wide, 0, (left + size) * width / wide, below - above),
     )
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    box = (0, first - above, size, last - above)
+    return rows.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def _padded(image: Image.Image, size: int) -> Image.Image:
@@ -69,8 +75,8 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
-    # Pillow resizes along rows first, then along columns, so rows may be done in bands: the
-    # result is equal to the bit and the padded square is never in memory.
+    # A resize goes along the rows first, then along the columns, so rows may be done in bands:
+    # the result is equal to the bit and the padded square is never in memory.
     narrow = Image.new("RGB", (size, side), PAD_COLOUR)
     for row in range(0, height, _BAND_ROWS):
         rows = min(_BAND_ROWS, height - row)

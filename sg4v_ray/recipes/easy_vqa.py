@@ -83,7 +83,8 @@ def _stage(kind: str, **changes: object) -> StageConfig:
     return StageConfig(kind=kind, **{**common, **changes})  # type: ignore[arg-type]
 
 
-def _caption_step(images: Ref, captioner: Ref, out: Ref) -> CaptionStep:
+def caption_step(images: Ref, captioner: Ref, out: Ref) -> CaptionStep:
+    """Caption an index with a nano captioner, greedily, on CPUs."""
     return CaptionStep(
         config=BulkConfig(
             generate=GenerateConfig(
@@ -156,6 +157,18 @@ def _datasets() -> tuple[DatasetStep, ...]:
     )
 
 
+def _pretrain(dataset: Ref, out: Ref) -> TrainStep:
+    config = _stage(
+        "pretrain", template="plain", geometry="square", learning_rate=4e-4, epochs=3.0
+    )
+    return TrainStep(config=config, start=ALIGNED, dataset=dataset, out=out)
+
+
+def _finetune(start: Ref, out: Ref, trainable: FreezePlan = TOWER_FROZEN) -> TrainStep:
+    config = _stage("finetune", learning_rate=4e-4, trainable=trainable, epochs=5.0)
+    return TrainStep(config=config, start=start, dataset=FINETUNE_DATA, out=out)
+
+
 def easy_vqa() -> Line:
     """The whole line: teacher, captioner, 20,000 captions, pretraining, fine-tuning, scores."""
     return Line(
@@ -191,55 +204,37 @@ def easy_vqa() -> Line:
             dataset=CAPTIONER_DATA,
             out=CAPTIONER,
         ),
-        caption=_caption_step(TRAIN_IMAGES, CAPTIONER, CAPTIONS),
-        pretrain=TrainStep(
-            config=_stage(
-                "pretrain", template="plain", geometry="square", learning_rate=4e-4, epochs=3.0
-            ),
-            start=ALIGNED,
-            dataset=PRETRAIN_DATA,
-            out=PRETRAINED,
-        ),
-        finetune=TrainStep(
-            config=_stage("finetune", learning_rate=4e-4, trainable=TOWER_FROZEN, epochs=5.0),
-            start=PRETRAINED,
-            dataset=FINETUNE_DATA,
-            out=VLM,
-        ),
+        caption=caption_step(TRAIN_IMAGES, CAPTIONER, CAPTIONS),
+        pretrain=_pretrain(PRETRAIN_DATA, PRETRAINED),
+        finetune=_finetune(PRETRAINED, VLM),
         evaluate=_evaluate_step(VLM, ""),
     )
 
 
 def easy_vqa_one_word() -> Line:
     """Baseline: pretrained on one-word captions of the same images."""
-    line = easy_vqa()
-    if line.pretrain is None or line.finetune is None:
-        raise AssertionError("the whole line pretrains and fine-tunes")
     short = BuildConfig(parts=(CaptionsPart(captions=CAPTIONS, only_words=SHAPES),), seed=SEED)
     data = Ref(name="pretrain-data-one-word")
     pretrained, vlm = Ref(name="pretrained-one-word"), Ref(name="vlm-one-word")
+    line = easy_vqa()
     return replace(
         line,
         datasets=(*line.datasets, DatasetStep(config=short, out=data)),
-        pretrain=replace(line.pretrain, dataset=data, out=pretrained),
-        finetune=replace(line.finetune, start=pretrained, out=vlm),
+        pretrain=_pretrain(data, pretrained),
+        finetune=_finetune(pretrained, vlm),
         evaluate=_evaluate_step(vlm, "-one-word"),
     )
 
 
 def easy_vqa_no_pretraining() -> Line:
     """Baseline: no captions and no pretraining; the vision tower trains in fine-tuning."""
-    line = easy_vqa()
-    if line.finetune is None:
-        raise AssertionError("the whole line fine-tunes")
     vlm = Ref(name="vlm-no-pretraining")
-    stage = replace(line.finetune.config, trainable=WHOLE)
     return replace(
-        line,
+        easy_vqa(),
         captioner=None,
         caption=None,
         pretrain=None,
-        finetune=replace(line.finetune, config=stage, start=ALIGNED, out=vlm),
+        finetune=_finetune(ALIGNED, vlm, trainable=WHOLE),
         evaluate=_evaluate_step(vlm, "-no-pretraining"),
     )
 
@@ -250,5 +245,5 @@ def demo() -> Line:
     return Line(
         images=(images,),
         questions=(questions,),
-        caption=_caption_step(TEST_IMAGES, EMBEDDED, CAPTIONS),
+        caption=caption_step(TEST_IMAGES, EMBEDDED, CAPTIONS),
     )

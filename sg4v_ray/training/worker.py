@@ -15,6 +15,7 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.execution import context as train_context
 from ray.util.metrics import Gauge
 
 from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
@@ -37,6 +38,9 @@ _log = logging.getLogger(__name__)
 def work(job: Job) -> None:
     """Train as the job says; every training process calls this."""
     observe.set_up_logging()
+    # Each report as a line from each rank. Ray names this logger by its file, so that
+    # `ray.train.LoggingConfig` does not reach it.
+    logging.getLogger(train_context.__file__).setLevel(logging.WARNING)
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision("high" if job.gpu else "highest")  # TF32, as published
     home = Storage(job.root).sub(job.out.path)

@@ -3,16 +3,19 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jobs import _cli
+from jobs import _cli, _steps, build_dataset
 from jobs.__main__ import listing
 from jobs.run_all import plan
-from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.errors import ArtifactMissing, ConfigError
 from sg4v_ray.core.where import Where
 from sg4v_ray.recipes.catalogue import RECIPES
+from sg4v_ray.sources.easy_vqa import EasyVqaImages
+from sg4v_ray.sources.index import IndexConfig
 
 VERBS = (
     "align",
@@ -80,6 +83,25 @@ def test_a_wrong_value_ends_the_job_with_its_text_alone() -> None:
     assert done.returncode == 1
     assert "ConfigError: actors must satisfy 1 <= min_actors <= max_actors" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_datasets_that_can_be_built_are_and_the_others_say_what_they_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = Where(root=str(tmp_path / "root"))
+    monkeypatch.setattr(sys, "argv", ["build_dataset", "easy-vqa", "--where.root", where.root])
+    with pytest.raises(ArtifactMissing, match="teacher-captions@v1 is not finished"):
+        build_dataset.run()
+    capsys.readouterr()
+
+    line = RECIPES["easy-vqa"]()
+    without_drawn = IndexConfig(sources=(EasyVqaImages(split="train", name="easy-vqa"),))
+    _steps.index_images(replace(line.images[0], config=without_drawn), where)
+    _steps.index_questions(line.questions[0], where)
+    build_dataset.run()
+    lines = capsys.readouterr().out.splitlines()
+    assert "captioner-data@v1: not yet, teacher-captions@v1 is not finished" in lines[1]
+    assert lines[3].startswith("finetune-data@v1: ")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -32,7 +32,9 @@ def _published_square(image: Image.Image, size: int) -> np.ndarray:
     short = min(width, height)
     shape = (int(size * width / short), int(size * height / short))
     left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
-    resized = image.resize(shape, Image.Resampling.BICUBIC)
+    # Rows first whatever the shape: the Pillow of the published code knew no other order.
+    rows = image.resize((shape[0], height), Image.Resampling.BICUBIC)
+    resized = rows.resize(shape, Image.Resampling.BICUBIC)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 

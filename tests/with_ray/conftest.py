@@ -9,6 +9,7 @@ import ray
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    # With a dashboard: without, nothing frees the workers of a training driver that was killed.
+    ray.init(num_cpus=4, include_dashboard=True, log_to_driver=False)
     yield
     ray.shutdown()
