@@ -6,6 +6,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,11 +40,17 @@ def cluster() -> Iterator[dict[str, str]]:
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    start = [RAY, "start", "--head", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
-    start += ["--num-cpus=2", "--include-dashboard=true"]
-    subprocess.run(start, env=environment, check=True, timeout=180)
+    # Blocking, because `ray stop` would stop every other cluster of this machine too.
+    start = [RAY, "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2"]
+    start += [f"--dashboard-port={dashboard}", "--include-dashboard=true"]
+    head = subprocess.Popen(start, env=environment)
+    pause = threading.Event()
+    while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode:
+        assert head.poll() is None, "the head node did not start"
+        pause.wait(1)
     yield environment
-    subprocess.run([RAY, "stop", "--force"], env=environment, check=True, timeout=120)
+    head.terminate()
+    head.wait(60)
 
 
 def submit(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
