@@ -86,8 +86,10 @@ class ModelConfig:
 def nano(vocab_size: int = 512) -> ModelConfig:
     """Return a model that learns easy-VQA on two CPU cores in minutes.
 
-    Its tower is trained from nothing, so images are normalised by the mean and the deviation of
-    easy-VQA's 4,000 training images, not by CLIP's.
+    Its tower is trained from nothing, so CLIP's mean and deviation mean nothing to it. Grey is 0
+    and black and white are its two sides: CLIP's first layer norm keeps the direction of a patch
+    and not its length. By the mean of easy-VQA's pale images black and grey lie in one direction,
+    and after 2,500 steps 96 of 241 of them were still taken for each other (2026-11).
     """
     return ModelConfig(
         name="nano",
@@ -106,8 +108,8 @@ def nano(vocab_size: int = 512) -> ModelConfig:
         max_positions=1024,
         image_token_id=4,
         pad_token_id=3,
-        image_mean=(0.9043, 0.9054, 0.8965),
-        image_std=(0.1938, 0.1871, 0.2058),
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.25, 0.25, 0.25),
         # 1 / sqrt(width). At Llama's 0.02 projected images are a tenth as large, and shapes were
         # learnt three times slower (2026-11, two runs of 400 steps).
         init_std=0.08,
