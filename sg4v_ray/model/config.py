@@ -5,7 +5,7 @@ The architecture is `transformers.LlavaForConditionalGeneration`: a CLIP vision 
 of two linear layers and a Llama language model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from sg4v_ray.core.errors import ConfigError
@@ -144,23 +144,14 @@ def llava_7b() -> ModelConfig:
 
 def llava_13b() -> ModelConfig:
     """Return the same vision tower with Vicuna-13B, as ShareGPT4V-13B and LLaVA-1.5-13B."""
-    return ModelConfig(
+    return replace(
+        llava_7b(),
         name="llava-13b",
-        image_size=336,
-        patch_size=14,
-        vision_width=1024,
-        vision_mlp=4096,
-        vision_layers=24,
-        vision_heads=16,
         text_width=5120,
         text_mlp=13_824,
         text_layers=40,
         text_heads=40,
         text_kv_heads=40,
-        vocab_size=32_064,
-        max_positions=4096,
-        image_token_id=32_000,
-        pad_token_id=32_001,
     )
 
 
