@@ -144,8 +144,11 @@ def _execute(
         batch_format="pyarrow",
         num_cpus=where.engine_cpus,
         num_gpus=where.engine_gpus,
-        max_concurrency=flow.batches_in_flight,
-        compute=ActorPoolStrategy(min_size=where.min_actors, max_size=where.max_actors),
+        compute=ActorPoolStrategy(
+            min_size=where.min_actors,
+            max_size=where.max_actors,
+            max_concurrent_calls_per_actor=flow.batches_in_flight,
+        ),
     )
     _refuse_unprotected(rows)
     filesystem, path = attempt.arrow()
