@@ -38,7 +38,8 @@ class CaptionsPart:
 
     captions: Ref
     only_words: tuple[str, ...] = ()
-    """Shrink each caption to those of its words that are listed here; empty keeps it whole."""
+    """Shrink each caption to those of its words that are listed here, in the order of this list;
+    empty keeps it whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,10 +143,13 @@ def _from_captions(
 
 
 def shrink(text: str, words: tuple[str, ...]) -> str | None:
-    """Return the words of a text that are among `words`, in order and each once, or None."""
-    pattern = "|".join(re.escape(word) for word in words)
-    found = dict.fromkeys(re.findall(rf"\b({pattern})\b", text.lower()))
-    return " ".join(found) or None
+    """Return those of `words` that a text has, in the order of `words`, or None.
+
+    One order for all texts: in the order of each text, what comes first would be chance, which no
+    model can learn.
+    """
+    found = set(re.findall(r"\w+", text.lower()))
+    return " ".join(one for one in words if one in found) or None
 
 
 def _from_questions(storage: Storage, part: QuestionsPart, seed: int) -> Iterator[Sample]:

@@ -190,7 +190,7 @@ def easy_vqa() -> Line:
                 template="plain",
                 geometry="square",
                 learning_rate=4e-4,
-                epochs=2.0,
+                epochs=4.0,
             ),
             start=Fresh(model=nano(), tokenizer_file=str(nano_tokenizer.file()), seed=SEED),
             dataset=ALIGN_DATA,
