@@ -158,7 +158,7 @@ def _datasets() -> tuple[DatasetStep, ...]:
 
 
 def _pretrain(dataset: Ref, out: Ref) -> TrainStep:
-    config = _stage("pretrain", template="plain", geometry="square", learning_rate=4e-4, epochs=3.0)
+    config = _stage("pretrain", template="plain", geometry="square", learning_rate=4e-4, epochs=2.0)
     return TrainStep(config=config, start=ALIGNED, dataset=dataset, out=out)
 
 
