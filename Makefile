@@ -47,6 +47,7 @@ loop: .venv/installed  ## the whole system in miniature: teach, caption, train, 
 	$(RUN) jobs.run_all easy-vqa --where.root $(ROOT)/easy-vqa $(CPUS)
 
 embed:  ## make the captioner of the last loop the one that comes with this repository
+	test -f runs/easy-vqa/captioner/v1/manifest.json
 	rm -rf sg4v_ray/recipes/nano_captioner
 	mkdir sg4v_ray/recipes/nano_captioner
 	cp -r runs/easy-vqa/captioner/v1/model runs/easy-vqa/captioner/v1/manifest.json sg4v_ray/recipes/nano_captioner/

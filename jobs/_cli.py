@@ -127,7 +127,7 @@ def ray_session() -> Iterator[None]:
         # Logical CPUs: beside the engine, light tasks read, decode and write. With a dashboard of
         # its own: Ray Train asks the one it finds on port 8265 whether its controller lives, and
         # removes the workers when that one, another cluster's, does not know it.
-        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=True, **quiet)
+        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=True, **quiet)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         yield

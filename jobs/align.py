@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ray job: train the projector alone (stage 0).
+"""Ray job: align the vision tower with the language model (stage 0).
 
 python -m jobs.align RECIPE [--where.root PATH_OR_URI] [flags]
 ray job submit --working-dir . -- python -m jobs.align RECIPE --where.root $PWD/runs

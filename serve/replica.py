@@ -53,7 +53,7 @@ class Replica:
         folder = await asyncio.to_thread(model.localise, cache)
         self._conversation = Conversation.open(folder, config.template)
         self._engine = open_engine(config.engine, folder, threads=config.threads)
-        self._suspect = False
+        self._suspected_at: int | None = None
         await self._engine.start()
         seconds = time.monotonic() - started
         _log.info("%s (%s) is ready after %.1f s", config.id, config.artifact, seconds)
@@ -66,8 +66,8 @@ class Replica:
             async with aclosing(pieces) as opened:  # type: ignore[type-var]
                 async for piece in opened:
                     yield piece
-        except EngineError:
-            self._suspect = True
+        except (EngineError, TimeoutError):
+            self._suspected_at = self._engine.stats().decode_steps
             raise
 
     async def complete(self, job: Job) -> Piece:
@@ -83,8 +83,15 @@ class Replica:
         return self._engine.stats()
 
     async def check_health(self) -> None:
-        """Called by Serve. After an engine error, make one token: a dead engine is replaced."""
-        if not self._suspect:
+        """Called by Serve. After an engine error or a time-out, see that the engine still works.
+
+        One that has made tokens since does, and may be too busy to make one for us now. Any other
+        is asked for one: a dead or stuck engine does not answer, and Serve replaces the replica.
+        """
+        if self._suspected_at is None:
+            return
+        if self._engine.stats().decode_steps > self._suspected_at:
+            self._suspected_at = None
             return
         probe = Request(
             token_ids=(self._conversation.bos_token_id,),
@@ -93,7 +100,7 @@ class Replica:
         )
         async with asyncio.timeout(_PROBE_S):
             await complete(self._engine, probe)
-        self._suspect = False
+        self._suspected_at = None
 
     async def __del__(self) -> None:
         """Called by Serve when the last request has ended."""

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from serve.config import Limits, ModelDeployment
 from serve.protocol import ChatRequest, ImagePart, Message, TextPart, bad_request
@@ -100,6 +101,9 @@ def _pixels(found: tuple[str, str], model: ChatModel, limits: ImageLimits) -> Pi
     return as_model_sees(image, model.rules.image_size, model.config.geometry)
 
 
+_MAX_CHARACTERS_A_TOKEN: Final = 32
+"""Above the longest token of Llama's vocabulary (16 spaces): what is refused by it could not fit,
+and is refused before it is tokenised."""
 _REFUSED = {
     Reject.EMPTY_FILE: "the image has 0 bytes",
     Reject.NOT_AN_IMAGE: "this is not an image; send {formats}",
@@ -137,6 +141,14 @@ def _prompt(messages: Sequence[Message], *, num_images: int, model: ChatModel) -
     system = None
     if messages[0].role in ("system", "developer"):
         system, messages = _text(messages[0]), messages[1:]
+    num_characters = len(system or "") + sum(len(_text(one)) for one in messages)
+    if num_characters > _MAX_CHARACTERS_A_TOKEN * model.rules.max_len:
+        raise bad_request(
+            f"{num_characters} characters are more than this model's context of "
+            f"{model.rules.max_len} tokens can hold",
+            param="messages",
+            code="context_length_exceeded",
+        )
     try:
         turns = list(_turns(messages, model.config.instruction))
         return model.conversation.prompt(turns, num_images=num_images, system=system)

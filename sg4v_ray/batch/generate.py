@@ -54,7 +54,8 @@ class GenerateConfig:
     instruction: str | None
     """The same question for every row, or None to ask each row's own `text` column."""
     cut_off: Literal["reject", "keep"]
-    """What becomes of an answer that hit `max_tokens`."""
+    """What becomes of an answer that hit `max_tokens` or is empty. A wrong answer of a model
+    under evaluation is its result and no broken row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def judge(text: str, completion: Completion, *, cut_off: Literal["reject", "keep
     size, reason = len(completion.token_ids), completion.finish_reason
     if reason == "length" and cut_off == "reject":
         return Answer(None, size, reason, Reject.CUT_OFF.value, f"after {size} tokens: {text}")
-    if not text:
+    if not text and cut_off == "reject":
         return Answer(None, size, reason, Reject.EMPTY_TEXT.value, "the model ended at once")
     return Answer(text, size, reason, None, None)
 

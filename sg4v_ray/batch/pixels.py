@@ -11,7 +11,7 @@ from typing import Any
 
 import obstore
 import pyarrow as pa
-from obstore.exceptions import NotFoundError
+from obstore.exceptions import NotFoundError, PermissionDeniedError
 from PIL import Image
 
 from sg4v_ray.core.images import ImageLimits, Rejected, open_image
@@ -33,7 +33,8 @@ def read_bytes(uri: str, *, limits: ImageLimits) -> bytes | Rejected:
     """Read an encoded image, its size checked before it is read.
 
     Raises:
-        OSError, obstore errors: the storage itself fails; Ray retries the task.
+        OSError, obstore errors: the storage itself fails, after obstore's own retries. The job
+            ends and may be run again.
     """
     if is_local(uri):
         path = local_path(uri)
@@ -41,13 +42,18 @@ def read_bytes(uri: str, *, limits: ImageLimits) -> bytes | Rejected:
             return Rejected(Reject.MISSING, f"no such file: {uri}")
         if (size := path.stat().st_size) > limits.max_bytes:
             return Rejected(Reject.TOO_MANY_BYTES, f"{size} bytes, limit {limits.max_bytes}")
-        return path.read_bytes()
+        try:
+            return path.read_bytes()
+        except PermissionError:
+            return Rejected(Reject.NOT_READABLE, f"no permission to read {uri}")
     folder, _, name = uri.rpartition("/")
     store = Storage(folder).open()
     try:
         found = obstore.get(store, name)
     except (NotFoundError, FileNotFoundError):
         return Rejected(Reject.MISSING, f"no such object: {uri}")
+    except PermissionDeniedError:
+        return Rejected(Reject.NOT_READABLE, f"no permission to read {uri}")
     if (size := found.meta["size"]) > limits.max_bytes:
         return Rejected(Reject.TOO_MANY_BYTES, f"{size} bytes, limit {limits.max_bytes}")
     return bytes(found.bytes())

@@ -30,7 +30,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sg4v_ray.batch.tally import Speed, Tally, show_progress
-from sg4v_ray.core.errors import ArtifactCorrupt, ConfigError
+from sg4v_ray.core.errors import ArtifactCorrupt, ConfigError, Sg4vError
 from sg4v_ray.core.rows import ROWS, read_columns
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
@@ -95,6 +95,7 @@ def run(
     Raises:
         ArtifactCorrupt: an id is missing or double in the output.
         ConfigError: the cluster is too small for one engine and the light tasks beside it.
+        Sg4vError: whatever a work actor raised on purpose, as itself.
     """
     attempt = home.sub(FIRST_ATTEMPT)
     checkpoint = home.sub(_CHECKPOINT)
@@ -110,7 +111,11 @@ def run(
             _protected(checkpoint),
             show_progress(home, len(finished), len(wanted), where) as tally,
         ):
-            _execute(index, attempt, work, flow, where, tally, mark)
+            try:
+                _execute(index, attempt, work, flow, where, tally, mark)
+            except Sg4vError as error:
+                # Ray's error is also of the type that it carries, with a page of traceback as text.
+                raise getattr(error, "cause", error) from None
             speed = ray.get(tally.speed.remote())
     outcome = read_columns(attempt, ["id", "num_tokens", "reject"])
     verify(wanted, outcome["id"], where=attempt.root)
@@ -178,7 +183,12 @@ def _refuse_unprotected(rows: "ray.data.Dataset") -> None:
 def _protected(checkpoint: Storage) -> Iterator[None]:
     """Set Ray's checkpoint, and quiet bars (ours counts rows), for the datasets made inside."""
     context = DataContext.get_current()
-    names = ("checkpoint_config", "enable_progress_bars", "use_datasource_v2")
+    names = (
+        "checkpoint_config",
+        "enable_progress_bars",
+        "use_datasource_v2",
+        "raise_original_map_exception",
+    )
     before = {name: getattr(context, name) for name in names}
     filesystem, path = checkpoint.arrow()
     context.checkpoint_config = CheckpointConfig(
@@ -188,6 +198,7 @@ def _protected(checkpoint: Storage) -> Iterator[None]:
         delete_checkpoint_on_success=False,
     )
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     # The newer reader starts up to 32 actors to look at Parquet footers: a minute on two cores,
     # and our indexes are a few small files.
     context.use_datasource_v2 = False
@@ -247,7 +258,10 @@ def verify(wanted: pa.ChunkedArray, found: pa.ChunkedArray, *, where: str) -> No
         if len(ids)
     ]
     if problems:
-        raise ArtifactCorrupt(f"{where}: {'; '.join(problems)}. Nothing was committed.")
+        raise ArtifactCorrupt(
+            f"{where}: {'; '.join(problems)}. Nothing was committed. "
+            "Make another version (--out.version v2), or delete the folder and run again."
+        )
 
 
 def _wait_for_old_writers(home: Storage) -> None:

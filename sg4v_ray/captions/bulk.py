@@ -17,6 +17,7 @@ from sg4v_ray.batch.generate import Generate, GenerateConfig, ModelSource
 from sg4v_ray.batch.pixels import ModelPixels, add_images
 from sg4v_ray.batch.stage import image_size, input_fingerprints, write_rows
 from sg4v_ray.core.artifact import Manifest, Ref
+from sg4v_ray.core.config import without_budget
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import CaptionRow
 from sg4v_ray.core.rejects import RejectBudget
@@ -70,7 +71,7 @@ def run(
     }
     return write_rows(
         out,
-        identity={"captions": config, "engine": engine.identity},
+        identity={"captions": without_budget(config), "engine": engine.identity},
         inputs=input_fingerprints(storage, images, captioner),
         index=storage.sub(f"{images.path}/rows"),
         work=plan.Work(

@@ -25,7 +25,7 @@ from sg4v_ray.batch.tally import Tally
 from sg4v_ray.captions.prompts import prompt
 from sg4v_ray.captions.teacher import Endpoint, Teacher, TeacherConfig
 from sg4v_ray.core.artifact import Manifest, Ref, find
-from sg4v_ray.core.config import fingerprint
+from sg4v_ray.core.config import fingerprint, without_budget
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import CaptionRow, ImageRow
@@ -123,7 +123,7 @@ def run(
     index = choose(storage, config, images, storage.sub(out.path))
     return write_rows(
         out,
-        identity={"collect": config},
+        identity={"collect": without_budget(config)},
         inputs=input_fingerprints(storage, images),
         index=index,
         work=plan.Work(

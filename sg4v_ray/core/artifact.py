@@ -122,19 +122,30 @@ def is_finished(
 
 
 def begin(
-    storage: Storage, ref: Ref, config: object, *, inputs: Mapping[str, str] | None = None
+    storage: Storage,
+    ref: Ref,
+    config: object,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    anew: bool = False,
 ) -> Storage:
     """Return the storage of an artifact that is about to be written, and pin its identity.
 
     Config and inputs are stored beside the rows before any work, so that a resume under another
     config is refused although no manifest exists yet.
 
+    Args:
+        anew: the stage writes everything again and resumes nothing, so that an unfinished attempt
+            binds nobody.
+
     Raises:
         ArtifactDrift: an unfinished attempt of another config lies there.
     """
     home = storage.sub(ref.path)
     record = {"config": to_plain(config), "inputs": dict(inputs or {})}
-    if not home.create("config.json", _dump(record)):
+    if anew:
+        home.put("config.json", _dump(record))
+    elif not home.create("config.json", _dump(record)):
         _check_same(storage, ref, json.loads(home.get("config.json")), config, inputs or {})
     return home
 
@@ -146,7 +157,8 @@ def _check_same(
     if difference := _difference(old, new):
         raise ArtifactDrift(
             f"{ref} at {storage.uri(ref.path)} was made from another config "
-            f"({'; '.join(difference)}). Give the recipe a new version, or delete the folder."
+            f"({'; '.join(difference)}). Write it as another version (--out.version v2), or delete "
+            "that folder if nothing in it is wanted."
         )
 
 

@@ -45,6 +45,17 @@ def to_plain(value: Any) -> Any:
     )
 
 
+def without_budget(config: Any) -> dict[str, Any]:
+    """Return the plain form of a config that decides content: all fields but `budget`.
+
+    A budget says when a job gives up. Whoever looks at the rejects and accepts them raises it and
+    runs again, on the same rows.
+    """
+    plain: dict[str, Any] = to_plain(config)
+    del plain["budget"]
+    return plain
+
+
 def fingerprint(config: Any) -> str:
     """Return 16 hex digits that are equal exactly when two configs are equal."""
     text = json.dumps(to_plain(config), sort_keys=True, ensure_ascii=True)

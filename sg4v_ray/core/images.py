@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sg4v_ray.core.rejects import Reject
 
@@ -32,6 +32,17 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
     (b"\xff\x0a", "JPEG XL"),
 )
+_ORIENTATION = 0x0112
+# Source: EXIF 2.3, tag 274, and the names that Pillow has for what undoes each value.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _END: dict[str, bytes] = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 # What Pillow's decoders raise on hostile or damaged input (its plugins, 9.0 to 13.0).
 _DECODE_ERRORS = (
@@ -39,7 +50,10 @@ _DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -104,12 +118,21 @@ def _decode(data: bytes, name: str, limits: ImageLimits) -> Image.Image | Reject
             if (refused := _too_large(*image.size, limits)) is not None:
                 return refused
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(image))
     except Image.DecompressionBombError as error:
         return Rejected(Reject.TOO_MANY_PIXELS, str(error))
     except _DECODE_ERRORS as error:
         reason = Reject.TRUNCATED if _is_cut(data, name) else Reject.CORRUPT
         return Rejected(reason, f"{name}: {error}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says.
+
+    `ImageOps.exif_transpose` also writes the EXIF data anew, which strange data make fail.
+    """
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    return image if turn is None else image.transpose(turn)
 
 
 def _too_large(width: int, height: int, limits: ImageLimits) -> Rejected | None:

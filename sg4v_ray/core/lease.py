@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from obstore.exceptions import BaseError
+
 from sg4v_ray.core.errors import LeaseHeld, LeaseLost
 from sg4v_ray.core.storage import Storage
 
@@ -38,9 +40,14 @@ class LeaseTiming:
 
 
 def _machine() -> str:
-    """Name this boot of this machine, so that a process id means something."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
+    """Name this boot of this machine and this container, so that a process id means something."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    parts = (
+        socket.gethostname(),
+        boot.read_text().strip() if boot.exists() else "",
+        os.readlink(space) if space.is_symlink() else "",
+    )
+    return "/".join(parts)
 
 
 def _start_ticks(pid: int) -> str:
@@ -112,7 +119,12 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(self._timing.heartbeat_s):
-            self._storage.put(self._path, self._body("held"))
+            try:
+                self._storage.put(self._path, self._body("held"))
+            except (OSError, BaseError) as error:
+                # One missed beat is no death. After `ttl_s` of them another may take over, and
+                # `check` tells this writer.
+                _log.warning("no heartbeat of the lease on %s: %s", self._storage.root, error)
 
     def _start(self) -> None:
         self._thread.start()

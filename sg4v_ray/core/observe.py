@@ -24,8 +24,6 @@ TRAIN_LOSS = Metric("sg4v_train_loss", "gauge", "mean loss per labelled token", 
 TRAIN_STEP = Metric("sg4v_train_step", "gauge", "optimizer steps done", ("artifact",))
 TRAIN_SAMPLES_PER_S = Metric("sg4v_train_samples_per_s", "gauge", "samples a second", ("artifact",))
 
-METRICS = (ROWS, ROWS_REJECTED, TOKENS, TRAIN_LOSS, TRAIN_STEP, TRAIN_SAMPLES_PER_S)
-
 
 def set_up_logging(level: int = logging.INFO) -> None:
     """Send our own log lines to stderr. For entry points only."""

@@ -12,6 +12,7 @@ class Reject(StrEnum):
 
     # the bytes
     MISSING = "missing"
+    NOT_READABLE = "not_readable"
     EMPTY_FILE = "empty_file"
     TOO_MANY_BYTES = "too_many_bytes"
     # the image
@@ -47,5 +48,6 @@ class RejectBudget:
             raise TooManyRejects(
                 f"{rejected} of {total} rows were rejected ({rejected / total:.1%}), the budget "
                 f"is {self.max_reject_rate:.1%}. Look at the reasons in the rows; raise "
-                "max_reject_rate if they are acceptable. The rows are kept."
+                "--config.budget.max-reject-rate and run again if they are acceptable: the rows "
+                "are kept and nothing is made twice."
             )

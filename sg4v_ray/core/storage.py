@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from obstore.store import LocalStore, from_url
 
 from sg4v_ray.core.errors import ConfigError, StorageError
 
-_SCHEMES = ("file", "s3", "gs", "az", "abfs", "abfss", "memory")
+_SCHEMES = ("file", "s3", "gs", "az", "abfs", "abfss")
 
 
 def is_local(uri: str) -> bool:
@@ -174,14 +175,12 @@ class Storage:
         target = cache / key[:32]
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(dir=cache))
-            for name in digests:
-                self._download(f"{path}/{name}", staging / name)
-            _check_digests(staging, digests)
-            try:
-                os.rename(staging, target)
-            except OSError:  # another process on this node won the race
-                shutil.rmtree(staging)
+            with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as staging:
+                for name in digests:
+                    self._download(f"{path}/{name}", Path(staging) / name)
+                with suppress(OSError):  # another process on this node won the race
+                    os.rename(staging, target)
+        _check_digests(target, digests)
         return target
 
     def _download(self, path: str, to: Path) -> None:

@@ -74,7 +74,7 @@ def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
     inputs = {str(ref): find(storage, ref).fingerprint for ref in refs}
     if is_finished(storage, out, config=config, inputs=inputs):
         return find(storage, out)
-    home = begin(storage, out, config, inputs=inputs)
+    home = begin(storage, out, config, inputs=inputs, anew=True)
     counts: Counter[str] = Counter()
     with hold(home) as lease, tempfile.TemporaryDirectory() as folder:
         _write(Path(folder) / SAMPLES, _samples(storage, config, counts))

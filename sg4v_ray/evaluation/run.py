@@ -15,6 +15,7 @@ from sg4v_ray.batch.generate import Generate, GenerateConfig, ModelSource
 from sg4v_ray.batch.pixels import ModelPixels, add_images
 from sg4v_ray.batch.stage import image_size, input_fingerprints, write_rows
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
+from sg4v_ray.core.config import without_budget
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import Prediction, Question
@@ -58,7 +59,7 @@ def predict(
     pixels = ModelPixels(size=image_size(storage, model), geometry=config.geometry)
     return write_rows(
         out,
-        identity={"evaluate": config, "engine": engine.identity},
+        identity={"evaluate": without_budget(config), "engine": engine.identity},
         inputs=input_fingerprints(storage, questions, model),
         index=storage.sub(f"{questions.path}/rows"),
         work=plan.Work(
@@ -102,7 +103,7 @@ def score(
             "commonest_answer_accuracy": round(commonest_answer_accuracy(train, test), 4),
             "by_answer": {key: list(value) for key, value in by_answer(rows).items()},
         }
-        home = begin(storage, out, config, inputs=inputs)
+        home = begin(storage, out, config, inputs=inputs, anew=True)
         with hold(home) as lease:
             counts = {"questions": len(rows), "rejected": sum(1 for one in rows if one.reject)}
             commit(

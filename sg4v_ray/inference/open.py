@@ -38,9 +38,10 @@ class EngineConfig:
             )
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, str | int]:
         """The part that may change a caption; the rest is speed and may change on a resume."""
-        return {"kind": self.kind, "dtype": self.dtype}
+        # A shorter context ends answers earlier.
+        return {"kind": self.kind, "dtype": self.dtype, "max_model_len": self.max_model_len}
 
 
 def open_engine(config: EngineConfig, model: Path, *, threads: int) -> Engine:

@@ -175,7 +175,7 @@ class _BadRequest(ValueError):
     """The client asked for something that cannot be answered; becomes HTTP 400."""
 
 
-MODEL_NAME: Final = "easy-vqa-teacher"
+MODEL_NAME: Final = "pixel-reader"
 _LIMITS: Final = ImageLimits(max_bytes=2**20, max_pixels=2**20)
 _IMAGE_TOKENS: Final = 64  # a fixed figure for `usage`, so that budgets have something to count
 

@@ -9,8 +9,8 @@ import logging
 from importlib import resources
 from pathlib import Path
 
-from sg4v_ray.core.artifact import MANIFEST, Ref
-from sg4v_ray.core.errors import ArtifactMissing
+from sg4v_ray.core.artifact import MANIFEST, Ref, find
+from sg4v_ray.core.errors import ArtifactDrift, ArtifactMissing
 from sg4v_ray.core.storage import Storage
 
 _log = logging.getLogger(__name__)
@@ -29,14 +29,20 @@ def install_captioner(storage: Storage) -> Ref:
 
     Raises:
         ArtifactMissing: this checkout comes without a captioner.
+        ArtifactDrift: another one was copied there before.
     """
-    if storage.exists(f"{CAPTIONER.path}/{MANIFEST}"):
-        return CAPTIONER
     if not (folder() / MANIFEST).is_file():
         raise ArtifactMissing(
             f"this checkout has no captioner in {folder()}; run `make loop`, then `make embed`"
         )
     manifest = json.loads((folder() / MANIFEST).read_text())
+    if storage.exists(f"{CAPTIONER.path}/{MANIFEST}"):
+        if find(storage, CAPTIONER).digests != manifest["digests"]:
+            raise ArtifactDrift(
+                f"{storage.uri(CAPTIONER.path)} is another captioner than the one of this package; "
+                "use another --where.root, or delete what was made with it (`make clean-demo`)"
+            )
+        return CAPTIONER
     storage.upload(folder() / _MODEL, f"{CAPTIONER.path}/{_MODEL}")
     renamed = {**manifest, "name": CAPTIONER.name, "version": CAPTIONER.version}
     storage.put(f"{CAPTIONER.path}/{MANIFEST}", (json.dumps(renamed, indent=1) + "\n").encode())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of a folder on a disk that every node sees."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +37,30 @@ class Folder:
         """Yield a row an image file, in path order.
 
         Raises:
-            ConfigError: the folder does not exist.
+            ConfigError: the folder does not exist, or a file's name is not UTF-8.
         """
         root = Path(self.path)
         if not root.is_dir():
-            raise ConfigError(f"the image folder {self.path} does not exist on this machine")
+            raise ConfigError(
+                f"the image folder {self.path} does not exist on this machine; name one with "
+                "--step.0.config.sources.0.path /absolute/path"
+            )
         for file in sorted(root.rglob("*")):
             if file.suffix.lower() in SUFFIXES and file.is_file():
+                _check_name(file)
                 yield ImageRow(
                     id=file.relative_to(root).as_posix(),
                     source=self.name,
                     uri=str(file),
                     size_bytes=file.stat().st_size,
                 )
+
+
+def _check_name(file: Path) -> None:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"the file name {os.fsencode(file)!r} is not UTF-8 and cannot be an id; rename it "
+            "(convmv renames whole folders)"
+        ) from None

@@ -93,7 +93,7 @@ def _write(
     storage = where.storage
     if is_finished(storage, out, config=config, inputs=inputs):
         return find(storage, out)
-    home = begin(storage, out, config, inputs=inputs)
+    home = begin(storage, out, config, inputs=inputs, anew=True)
     with hold(home) as lease:
         home.delete(ROWS)
         seen: dict[str, str] = {}

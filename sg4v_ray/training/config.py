@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training stage is: dataset@v + a model -> a model. All of it is the result's identity."""
+"""What a training stage is: dataset@v + a model -> a model. All of it but the
+budget is the result's identity."""
 
 from dataclasses import dataclass, field
 from typing import Literal

@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
-from sg4v_ray.core.config import load, to_plain
+from sg4v_ray.core.config import load, to_plain, without_budget
 from sg4v_ray.core.errors import ConfigError, ContractError
 from sg4v_ray.core.lease import Lease, hold
 from sg4v_ray.core.storage import Storage
@@ -39,15 +38,6 @@ _RAY: Final = "ray"
 _MODEL_FACT: Final = "model"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _FreshStage:
-    """Identity of a stage that starts from random weights."""
-
-    stage: StageConfig
-    model: ModelConfig
-    seed: int
-
-
 def run(
     config: StageConfig, *, start: Ref | Fresh, dataset: Ref, out: Ref, where: Where
 ) -> Manifest:
@@ -62,11 +52,9 @@ def run(
     """
     storage = where.storage
     inputs = _inputs(storage, start, dataset)
-    identity = (
-        config
-        if isinstance(start, Ref)
-        else _FreshStage(stage=config, model=start.model, seed=start.seed)
-    )
+    identity = without_budget(config)
+    if isinstance(start, Fresh):
+        identity = {"stage": identity, "model": start.model, "seed": start.seed}
     if is_finished(storage, out, config=identity, inputs=inputs):
         return find(storage, out)
     job = _job(config, start, dataset, out, where)

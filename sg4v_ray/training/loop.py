@@ -183,8 +183,9 @@ def _unsharded_norm(engine: Any) -> float | None:
 def _check_finite(value: float, what: str, step: int) -> None:
     if not math.isfinite(value) or value < 0:  # DeepSpeed writes -1 for a norm that is not finite
         raise LossNotFinite(
-            f"the {what} of step {step} is {value}; checkpoints of earlier steps are kept. Lower "
-            "learning_rate, set clip_norm, or look at the samples of this step"
+            f"the {what} of step {step} is {value}; checkpoints of earlier steps are kept. Look "
+            "at the samples of this step; or lower learning_rate or set clip_norm, and train "
+            "another version (--out.version v2)"
         )
 
 

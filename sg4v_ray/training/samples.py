@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The samples of a dataset artifact: one Arrow file, mapped and never read whole."""
 
-import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +40,7 @@ def open_samples(storage: Storage, dataset: Ref) -> Samples:
     """Return the samples of a dataset, from this node's checked copy if it lies in a bucket."""
     folder = storage.localise(
         dataset.path,
-        cache=Path(tempfile.gettempdir()) / "sg4v-datasets",
+        cache=Path("~/.cache/sg4v-datasets"),
         digests={FILE: find(storage, dataset).digests[FILE]},
     )
     return Samples(folder / FILE)

@@ -55,6 +55,28 @@ def test_what_cannot_be_shown_has_a_reason(data: bytes, reason: Reject) -> None:
     assert found.detail
 
 
+def exif_of(tag: int, kind: int, value: bytes) -> bytes:
+    """EXIF data that turn an image, with one more entry of four bytes that Pillow would not write."""
+    turned = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    other = struct.pack("<HHI", tag, kind, 4 if kind == 2 else 1) + value
+    entries = b"".join(sorted((turned, other), key=lambda one: struct.unpack("<H", one[:2])))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        pytest.param(exif_of(0x011A, 2, b"abc\0"), id="a resolution that is text"),
+        pytest.param(exif_of(0x0131, 5, b"\0\0\0\0"), id="a program's name that is a fraction"),
+        pytest.param(exif_of(0x8769, 3, b"\xff\xff\0\0"), id="a directory beyond the end"),
+    ],
+)
+def test_strange_exif_data_do_not_cost_an_image(exif: bytes) -> None:
+    found = open_image(encoded(photo(), "JPEG", exif=exif), LIMITS)
+    assert isinstance(found, Image.Image)
+    assert found.size == (30, 40)
+
+
 def test_damage_inside_a_complete_file_is_corrupt_not_truncated() -> None:
     data = bytearray(encoded(photo(), "PNG"))
     data[60] ^= 0xFF

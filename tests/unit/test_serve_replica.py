@@ -2,19 +2,20 @@
 """A replica without Ray: Serve only calls its methods."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import serve.replica
 from serve.config import ModelDeployment
 from serve.replica import Replica, Served
 from serve.request import Job
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.errors import EngineError, StorageError
 from sg4v_ray.core.storage import Storage
-from sg4v_ray.inference.engine import Generation, Request
+from sg4v_ray.inference.engine import Delta, Generation, Request
 from sg4v_ray.inference.open import EngineConfig
 
 # Serve awaits __del__; the garbage collector calls it a second time and does not.
@@ -42,10 +43,12 @@ def served(tmp_path: Path, tiny_model: Path) -> Served:
     return Served(config=config, digests=digests, fingerprint="f", created=0)
 
 
-def with_replica(served: Served, check: Callable[[Replica], Coroutine[Any, Any, None]]) -> None:
+def with_replica(
+    served: Served, check: Callable[[Replica], Coroutine[Any, Any, None]], timeout_s: float = 5
+) -> None:
     async def run() -> None:
         replica = Replica.__new__(Replica)
-        await replica.__init__(served, cache="/nowhere", timeout_s=5)  # type: ignore[misc]
+        await replica.__init__(served, cache="/nowhere", timeout_s=timeout_s)  # type: ignore[misc]
         await check(replica)
         await replica.__del__()
 
@@ -87,6 +90,29 @@ def test_an_engine_that_recovers_is_healthy_again(served: Served) -> None:
         assert replica.stats().decode_steps == steps  # a healthy engine is left alone
 
     with_replica(served, check)
+
+
+def test_a_stuck_engine_is_unhealthy_and_one_that_works_on_is_not(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve.replica, "_PROBE_S", 0.1)
+
+    async def never(request: Request) -> AsyncIterator[Delta]:
+        await asyncio.Event().wait()
+        yield Delta(())
+
+    async def check(replica: Replica) -> None:
+        works, replica._engine.generate = replica._engine.generate, never  # type: ignore[method-assign]
+        with pytest.raises(TimeoutError):
+            await replica.complete(JOB)
+        with pytest.raises(TimeoutError):
+            await replica.check_health()
+        replica._engine.generate = works  # type: ignore[method-assign]
+        await replica.complete(JOB)
+        replica._engine.generate = never  # type: ignore[method-assign]
+        await replica.check_health()  # it has made tokens since, so it is not asked for one
+
+    with_replica(served, check, timeout_s=0.1)
 
 
 def test_weights_that_changed_after_the_commit_are_not_served(served: Served) -> None:

@@ -121,6 +121,10 @@ def test_past_the_reject_budget_the_job_fails_and_keeps_the_rows(
     home = where.storage.sub(caption.out.path)
     assert any(path.endswith(".parquet") for path in home.list("rows"))
     assert not home.exists("manifest.json")
+    written = list(home.list("rows"))
+    accepted = _steps.caption_images(caption, where)  # the same step with a larger budget
+    assert accepted.counts["rejected"] == 4
+    assert list(home.list("rows")) == written
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -25,15 +25,16 @@ from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.rows import ROWS, put_rows, read_columns
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.recipes.easy_vqa import CAPTIONS, TEST_IMAGES
-from sg4v_ray.recipes.embedded import CAPTIONER
 from sg4v_ray.sources import shapes
 
 pytestmark = pytest.mark.timeout(1500)
 
 NUM_IMAGES = 300
 ROWS_PER_BLOCK = 20
+CAPTIONER = Ref(name="fake-captioner")
 FLAGS = (
     "demo",
+    f"--captioner.name={CAPTIONER.name}",
     "--engine.kind=fake",
     "--engine.latency-s=0.02",  # a caption takes about a second: time to be killed
     "--engine.capacity=16",

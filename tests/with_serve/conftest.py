@@ -35,7 +35,7 @@ models:
     artifact: {name: vlm}
     template: vicuna_v1
     geometry: square
-    engine: {kind: fake, capacity: 2, max_model_len: 400, latency_s: 0.2}
+    engine: {kind: fake, capacity: 2, max_model_len: 400, latency_s: 2.0}
     generation: {max_tokens: 60}
     max_ongoing: 2
     max_queued: 1
