@@ -59,8 +59,9 @@ loop-baselines: .venv/installed  ## the same without good captions: one word eac
 show-line: .venv/installed  ## everything this repository claims and a script can show
 	$(MAKE) check
 	$(MAKE) clean-demo demo
-	$(RUN) pytest -m 'not gpu'
+	$(RUN) pytest -m 'not gpu and not shown'
 	$(MAKE) loop
+	$(RUN) pytest -m shown
 
 lock: .venv/installed  ## resolve the two lock files anew
 	$(BIN)/uv pip compile requirements-cpu.in --override requirements-cpu.overrides --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-cpu.lock

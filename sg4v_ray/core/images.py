@@ -131,7 +131,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
     `ImageOps.exif_transpose` also writes the EXIF data anew, which strange data make fail.
     """
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     return image if turn is None else image.transpose(turn)
 
 

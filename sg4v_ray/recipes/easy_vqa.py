@@ -210,7 +210,7 @@ def easy_vqa() -> Line:
 
 
 def easy_vqa_one_word() -> Line:
-    """Baseline: pretrained on one-word captions of the same images."""
+    """Baseline: the aligned model pretrained on one-word captions of the same images."""
     short = BuildConfig(parts=(CaptionsPart(captions=CAPTIONS, only_words=SHAPES),), seed=SEED)
     data = Ref(name="pretrain-data-one-word")
     pretrained, vlm = Ref(name="pretrained-one-word"), Ref(name="vlm-one-word")
@@ -225,7 +225,7 @@ def easy_vqa_one_word() -> Line:
 
 
 def easy_vqa_no_pretraining() -> Line:
-    """Baseline: no captions and no pretraining; the vision tower trains in fine-tuning."""
+    """Baseline: from the aligned model straight to fine-tuning, in which everything trains."""
     vlm = Ref(name="vlm-no-pretraining")
     return replace(
         easy_vqa(),

@@ -56,7 +56,7 @@ def test_what_cannot_be_shown_has_a_reason(data: bytes, reason: Reject) -> None:
 
 
 def exif_of(tag: int, kind: int, value: bytes) -> bytes:
-    """EXIF data that turn an image, with one more entry of four bytes that Pillow would not write."""
+    """EXIF data that turn an image, with one more entry that Pillow would not write."""
     turned = struct.pack("<HHII", 0x0112, 3, 1, 6)
     other = struct.pack("<HHI", tag, kind, 4 if kind == 2 else 1) + value
     entries = b"".join(sorted((turned, other), key=lambda one: struct.unpack("<H", one[:2])))
