@@ -99,12 +99,12 @@ def run(
     """
     attempt = home.sub(FIRST_ATTEMPT)
     checkpoint = home.sub(_CHECKPOINT)
-    _wait_for_old_writers(home)
     wanted = read_columns(index, ["id"])["id"]
     speed = Speed()
-    finished = _finished(checkpoint)
-    if _pending(checkpoint) or len(finished) < len(wanted):
+    if _pending(checkpoint) or len(_finished(checkpoint)) < len(wanted):
         check_cluster(where)
+        _wait_for_old_writers(home)
+        finished = _finished(checkpoint)
         mark = uuid.uuid4().hex
         home.put("writer.json", json.dumps({"mark": mark}).encode())
         with (
@@ -286,15 +286,19 @@ def _alive_on(node: dict[str, Any], mark: str) -> "ray.ObjectRef[bool]":
 
 @ray.remote(num_cpus=0)
 def _marked_process(mark: str) -> bool:
-    """Say whether a process of this machine carries the mark in its environment."""
+    """Say whether a process of this machine carries the mark in its environment and works.
+
+    A worker whose tasks have ended waits for others of the same environment under another name.
+    """
     wanted = f"{_MARK}={mark}".encode()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             environment = (entry / "environ").read_bytes().split(b"\0")
+            is_idle = (entry / "cmdline").read_bytes().startswith(b"ray::IDLE")
         except OSError:  # ended meanwhile, or another user's
             continue
-        if wanted in environment:
+        if wanted in environment and not is_idle:
             return True
     return False
