@@ -6,6 +6,7 @@ python -m jobs.demo demo [--where.root PATH_OR_URI] [flags]
 
 import json
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from jobs import _steps
@@ -26,8 +27,11 @@ def demo(line: Line, where: Where) -> dict[str, Any]:
     for index in line.images:
         _steps.index_images(index, where)
     _steps.index_questions(questions, where)
-    with ray_session():
+    done = where.storage.exists(f"{caption.out.path}/{MANIFEST}")
+    with nullcontext() if done else ray_session():
         _steps.caption_images(caption, where)
+    if done:
+        print("All images were captioned before; nothing was captioned again.")
     return write_report(
         captions=caption.out, questions=questions.out, title="easy-VQA demo", where=where
     )
@@ -36,11 +40,7 @@ def demo(line: Line, where: Where) -> dict[str, Any]:
 def run() -> None:
     """Run the demo with the flags of this process, and print what a person wants to know."""
     line, where = parse(__doc__, lambda line: line, sys.argv[1:])
-    caption = line.caption
-    done = caption is not None and where.storage.exists(f"{caption.out.path}/{MANIFEST}")
     figures = demo(line, where)
-    if done:
-        print("All images were captioned before; nothing was captioned again.")
     print(json.dumps(figures, indent=1))
     print(f"report:  {where.storage.uri('report.json')}")
     print(f"gallery: {where.storage.uri('gallery.html')}")
