@@ -118,16 +118,20 @@ def _split(flag: str) -> list[str]:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Join the cluster of a submitted job or of RAY_ADDRESS, else start Ray on this machine."""
+def ray_session(*, trains: bool = False) -> Iterator[None]:
+    """Join the cluster of a submitted job or of RAY_ADDRESS, else start Ray on this machine.
+
+    Args:
+        trains: the job trains. Ray Train asks the dashboard that it finds on port 8265 whether its
+            controller lives, and removes the workers when that is another cluster's, which does
+            not know it. So a session that trains has a dashboard of its own.
+    """
     quiet = {"log_to_driver": True, "logging_level": logging.WARNING}
     if in_ray_job() or os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **quiet)
     else:
-        # Logical CPUs: beside the engine, light tasks read, decode and write. With a dashboard of
-        # its own: Ray Train asks the one it finds on port 8265 whether its controller lives, and
-        # removes the workers when that one, another cluster's, does not know it.
-        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=True, **quiet)
+        # Logical CPUs: beside the engine, light tasks read, decode and write.
+        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=trains, **quiet)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         yield

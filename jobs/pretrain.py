@@ -14,7 +14,7 @@ from jobs._cli import main, parse, ray_session, summary
 def run() -> None:
     """Run the job with the flags of this process."""
     step, where = parse(__doc__, lambda line: line.pretrain, sys.argv[1:])
-    with ray_session():
+    with ray_session(trains=True):
         print(summary(_steps.train(step, where)))
 
 

@@ -49,7 +49,7 @@ def plan(line: Line, where: Where) -> Iterator[Callable[[], Manifest]]:
 def run() -> None:
     """Run the line with the flags of this process."""
     line, where = parse(__doc__, lambda line: line, sys.argv[1:])
-    with ray_session():
+    with ray_session(trains=True):
         for step in plan(line, where):
             started = time.monotonic()
             done = summary(step())
