@@ -180,7 +180,12 @@ class Storage:
                     self._download(f"{path}/{name}", Path(staging) / name)
                 with suppress(OSError):  # another process on this node won the race
                     os.rename(staging, target)
-        _check_digests(target, digests)
+        try:
+            _check_digests(target, digests)
+        except StorageError as error:
+            raise StorageError(
+                f"{error}. This is a node's copy of {self.uri(path)}: delete {target}, run again"
+            ) from error
         return target
 
     def _download(self, path: str, to: Path) -> None:

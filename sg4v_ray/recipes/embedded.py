@@ -5,15 +5,12 @@
 """
 
 import json
-import logging
 from importlib import resources
 from pathlib import Path
 
 from sg4v_ray.core.artifact import MANIFEST, Ref, find
 from sg4v_ray.core.errors import ArtifactDrift, ArtifactMissing
 from sg4v_ray.core.storage import Storage
-
-_log = logging.getLogger(__name__)
 
 CAPTIONER = Ref(name="nano-captioner", version="v1")
 _MODEL = "model"

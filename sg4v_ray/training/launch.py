@@ -7,7 +7,6 @@ from the last checkpoint and end with the weights of a run that was never stoppe
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +28,6 @@ from sg4v_ray.training import checkpoint
 from sg4v_ray.training.config import Fresh, StageConfig
 from sg4v_ray.training.job import LASTING, OUTCOME, TOKENIZER, Job, Outcome, make_plan
 from sg4v_ray.training.samples import open_samples
-
-_log = logging.getLogger(__name__)
 
 _RESTARTS: Final = 3
 """Lost workers that one call of `run` survives."""
