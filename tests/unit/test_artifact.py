@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,27 @@ def test_a_silent_writer_of_another_machine_expires(storage: Storage) -> None:
     storage.put("lease/000001.json", json.dumps(foreign).encode())
     with hold(storage, timing=FAST) as lease:
         assert lease.number == 2
+
+
+def test_a_missed_heartbeat_does_not_end_the_heartbeats(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, put, missed = begin(storage, REF, {}), Storage.put, threading.Event()
+
+    def fails_once(self: Storage, path: str, data: bytes) -> None:
+        if path.startswith("lease/") and not missed.is_set():
+            missed.set()
+            raise OSError("the disk was away")
+        put(self, path, data)
+
+    with hold(home, timing=FAST):
+        before = home.get("lease/000001.json")
+        monkeypatch.setattr(Storage, "put", fails_once)
+        assert missed.wait(10)
+        deadline = time.monotonic() + 10
+        while home.get("lease/000001.json") == before:
+            assert time.monotonic() < deadline, "no heartbeat followed the missed one"
+            missed.wait(0.05)
 
 
 def test_an_overtaken_writer_cannot_commit(storage: Storage) -> None:

@@ -20,6 +20,7 @@ from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import Turn
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
+from sg4v_ray.model.conversation import Conversation
 from sg4v_ray.model.geometry import as_model_sees
 
 ENGINE = EngineConfig(kind="fake", capacity=4, max_model_len=400)
@@ -158,6 +159,16 @@ def test_the_default_of_new_tokens_shrinks_to_the_context_but_a_wish_does_not(
     error = refused(model, long, max_tokens=60)
     assert error.code == "context_length_exceeded"
     assert refused(model, user(text("a " * 400))).code == "context_length_exceeded"
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(
+    model: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Conversation, "prompt", None)
+    half = text("a" * 7_000)
+    error = refused(model, user(half), {"role": "assistant", "content": "b"}, user(half))
+    assert error.code == "context_length_exceeded"
+    assert "14001 characters" in str(error)
 
 
 @pytest.mark.parametrize(

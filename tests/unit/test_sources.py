@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An index lists every image once, with what is needed to read it, and no pixels."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def test_equal_ids_of_two_sources_are_an_error_that_names_both(
 def test_a_missing_folder_is_refused(where: Where, path: str) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         index(where, Folder(path=path))
+
+
+def test_a_wrong_first_attempt_binds_nobody(where: Where, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--step\.0\.config\.sources\.0\.path"):
+        index(where, Folder(path="/does/not/exist"))
+    (tmp_path / "a.png").write_bytes(b"1")
+    assert [one.id for one in index(where, Folder(path=str(tmp_path)))] == ["a.png"]
+
+
+def test_a_file_name_that_cannot_be_an_id_is_named(where: Where, tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"1")
+    with pytest.raises(ConfigError, match=r"caf\\xe9\.png' is not UTF-8"):
+        index(where, Folder(path=str(tmp_path)))
 
 
 def test_an_empty_folder_is_refused(where: Where, tmp_path: Path) -> None:

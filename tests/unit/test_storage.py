@@ -17,11 +17,3 @@ def test_looking_into_a_folder_that_is_not_there_does_not_make_it(tmp_path: Path
         home.get("manifest.json")
     home.delete("rows")
     assert not (tmp_path / "typo").exists()
-
-
-def test_an_object_is_created_once(tmp_path: Path) -> None:
-    home = Storage(str(tmp_path / "new"))
-    assert home.create("a/b", b"first")
-    assert not home.create("a/b", b"second")
-    assert home.get("a/b") == b"first"
-    assert list(home.list()) == ["a/b"]
