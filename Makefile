@@ -44,7 +44,7 @@ format: .venv/installed  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-loop: .venv/installed  ## the whole system in miniature: teach, caption, train, evaluate (about an hour)
+loop: .venv/installed  ## the whole system in miniature: teach, caption, train, evaluate (about 50 minutes)
 	$(RUN) jobs.run_all easy-vqa --where.root $(ROOT)/easy-vqa $(CPUS)
 
 embed:  ## make the captioner of the last loop the one that comes with this repository
