@@ -75,14 +75,19 @@ class Manifest:
     """When, by which commit, with which software."""
 
 
-def identity(config: object, inputs: Mapping[str, str]) -> str:
+def identity(config: object, inputs: Mapping[str, str], attempts: tuple[str, ...] = ()) -> str:
     """Return the fingerprint of an artifact: of its config and of the artifacts it is made from.
 
     Args:
         config: the stage's config; placement is not part of it.
         inputs: fingerprints of the input artifacts by `name@version`.
+        attempts: row folders. A second attempt changes rows, so what was built from the first
+            alone is out of date and has to notice.
     """
-    return fingerprint({"config": to_plain(config), "inputs": dict(inputs)})
+    parts: dict[str, Any] = {"config": to_plain(config), "inputs": dict(inputs)}
+    if len(attempts) > 1:
+        parts["attempts"] = list(attempts)
+    return fingerprint(parts)
 
 
 def find(
@@ -182,7 +187,7 @@ def commit(
     manifest = Manifest(
         name=ref.name,
         version=ref.version,
-        fingerprint=identity(config, inputs),
+        fingerprint=identity(config, inputs, attempts),
         config=to_plain(config),
         inputs=dict(inputs),
         counts=counts,

@@ -45,15 +45,16 @@ def to_plain(value: Any) -> Any:
     )
 
 
-def without_budget(config: Any) -> dict[str, Any]:
-    """Return the plain form of a config that decides content: all fields but `budget`.
+_PATIENCE = ("budget", "fetch")
 
-    A budget says when a job gives up. Whoever looks at the rejects and accepts them raises it and
-    runs again, on the same rows.
+
+def content_of(config: Any) -> dict[str, Any]:
+    """Return the plain form of what decides content: all fields but `budget` and `fetch`.
+
+    Those say how much a job puts up with before it gives up. Whoever looks at the rejects and
+    accepts them, or allows another host, runs again on the same rows.
     """
-    plain: dict[str, Any] = to_plain(config)
-    del plain["budget"]
-    return plain
+    return {key: value for key, value in to_plain(config).items() if key not in _PATIENCE}
 
 
 def fingerprint(config: Any) -> str:

@@ -19,7 +19,9 @@
         TeacherBusy         retry: rate limit, timeout, connection, 5xx
         TeacherUnusable     do not retry: bad key, unknown model, wrong URL
       EngineError           the engine stopped or refused a request
+        EngineDead          its process is gone; only a new engine helps
       TooManyRejects        a job spent its reject budget
+      MoneySpent            a job stopped before it cost more than it may
 
 A bad image or a bad caption is not an error. It is a row with a `reject` reason.
 """
@@ -97,5 +99,13 @@ class EngineError(Sg4vError):
     """The engine stopped, or refused a request."""
 
 
+class EngineDead(EngineError):
+    """The engine's own process is gone; only a new engine helps."""
+
+
 class TooManyRejects(Sg4vError):
     """A job spent its reject budget."""
+
+
+class MoneySpent(Sg4vError):
+    """A job stopped before it cost more than it may; what is finished is kept."""

@@ -26,8 +26,9 @@ class ImageRow:
     source: str
     """Name of the source, e.g. `coco`."""
     uri: str
-    """Absolute path or URI of the encoded image."""
+    """Absolute path or URI of the encoded image, or its place in an archive (`core.location`)."""
     size_bytes: int
+    """0 where it is not known before fetching."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,23 @@ class CaptionRow:
     """A `Reject` value, or None for a good caption."""
     reject_detail: str | None
     """What a person needs to know about the reject, e.g. the decoder's message."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRow:
+    """One image of `caption-scores@v`: a captioned one, or one of an evaluation set."""
+
+    id: str
+    """The caption's id; of an evaluation image `name@version/id`."""
+    is_caption: bool
+    phash: str | None
+    """Perceptual hash of the image, 16 hex digits; None exactly when `reject` is set."""
+    clip_score: float | None
+    """Mean CLIPScore of the caption's sentences, 0 to 2.5."""
+    worst_clip_score: float | None
+    """CLIPScore of the sentence that fits worst."""
+    reject: str | None
+    reject_detail: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why a row has no caption, and how many such rows a job accepts."""
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,6 +16,9 @@ class Reject(StrEnum):
     NOT_READABLE = "not_readable"
     EMPTY_FILE = "empty_file"
     TOO_MANY_BYTES = "too_many_bytes"
+    HOST_NOT_ALLOWED = "host_not_allowed"
+    HTTP_ERROR = "http_error"
+    TIMED_OUT = "timed_out"
     # the image
     NOT_AN_IMAGE = "not_an_image"
     FORMAT_NOT_ALLOWED = "format_not_allowed"
@@ -24,9 +28,15 @@ class Reject(StrEnum):
     # the answer
     EMPTY_TEXT = "empty_text"
     CUT_OFF = "cut_off"
+    TOO_SHORT = "too_short"
+    REPEATS = "repeats"
     REFUSED = "refused"
+    PROMPT_ECHO = "prompt_echo"
+    WRONG_LANGUAGE = "wrong_language"
+    SPECIAL_TOKEN = "special_token"  # noqa: S105
     CONTENT_FILTER = "content_filter"
     BAD_REQUEST = "bad_request"
+    CRASHES_ENGINE = "crashes_engine"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +52,19 @@ class RejectBudget:
                 f"max_reject_rate must be between 0 and 1, got {self.max_reject_rate}"
             )
 
-    def check(self, *, rejected: int, total: int) -> None:
-        """Raise TooManyRejects when more than the allowed share was rejected."""
-        if total and rejected / total > self.max_reject_rate:
+    def check(self, *, rejected: Counter[str], total: int) -> None:
+        """Raise TooManyRejects when more than the allowed share was rejected.
+
+        Args:
+            rejected: how many rows were rejected for each reason.
+            total: all rows.
+        """
+        count = rejected.total()
+        if total and count / total > self.max_reject_rate:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in rejected.most_common(5))
             raise TooManyRejects(
-                f"{rejected} of {total} rows were rejected ({rejected / total:.1%}), the budget "
-                f"is {self.max_reject_rate:.1%}. Look at the reasons in the rows; raise "
+                f"{count} of {total} rows were rejected ({count / total:.1%}), the budget is "
+                f"{self.max_reject_rate:.1%}. Commonest: {reasons}. Look at the rows; raise "
                 "--config.budget.max-reject-rate and run again if they are acceptable: the rows "
                 "are kept and nothing is made twice."
             )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of artifacts as Parquet: written in pieces, read as one row an id."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sg4v_ray.core.artifact import Ref, find
@@ -22,14 +23,40 @@ def put_rows(folder: Storage, name: str, record: type, rows: Iterable[Any]) -> N
     folder.put(name, sink.getvalue().to_pybytes())
 
 
-def read_columns(folder: Storage, columns: list[str]) -> pa.Table:
-    """Read some columns of all Parquet files of a folder; an empty folder gives no rows."""
+def read_columns(folder: Storage, columns: list[str] | None) -> pa.Table:
+    """Read some (None: all) columns of the Parquet files of a folder; no file gives no rows."""
     filesystem, path = folder.arrow()
     files = [f"{path}/{name}" for name in folder.list() if name.endswith(".parquet")]
     tables = [pq.read_table(file, columns=columns, filesystem=filesystem) for file in files]
     if not tables:
-        return pa.table({name: pa.array([], pa.string()) for name in columns})
+        return pa.table({name: pa.array([], pa.string()) for name in columns or ()})
     return pa.concat_tables(tables, promote_options="permissive")
+
+
+def newest(home: Storage, attempts: tuple[str, ...], columns: list[str]) -> pa.Table:
+    """Read `id` and some columns of an artifact's rows, each row from its newest attempt."""
+    return pa.concat_tables(newest_by_file(home, attempts, columns), promote_options="permissive")
+
+
+def newest_by_file(
+    home: Storage, attempts: tuple[str, ...], columns: list[str] | None
+) -> Iterator[pa.Table]:
+    """Yield `id` and some (None: all) columns a file at a time, each row from its newest attempt.
+
+    Attempts after the first are small: of them the ids are kept, of the first nothing is.
+    """
+    later = pa.array([], pa.string())
+    for attempt in reversed(attempts):
+        filesystem, path = home.sub(attempt).arrow()
+        here = []
+        for name in home.sub(attempt).list():
+            if name.endswith(".parquet"):
+                wanted = None if columns is None else ["id", *columns]
+                table = pq.read_table(f"{path}/{name}", columns=wanted, filesystem=filesystem)
+                yield table.filter(pc.invert(pc.is_in(table["id"], value_set=later)))
+                if attempt != attempts[0]:
+                    here.append(table["id"].combine_chunks())
+        later = pa.concat_arrays([later, *here])
 
 
 def read_rows(storage: Storage, ref: Ref, record: type) -> list[Any]:

@@ -4,10 +4,29 @@
 Never part of an artifact's identity: a resume may change any of it.
 """
 
+import re
 from dataclasses import dataclass
+from typing import Final
 
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.storage import Storage, check_root
+
+_DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_UNITS_S: Final = (86_400, 3_600, 60, 1)
+
+
+def seconds_of(text: str) -> int:
+    """Read a duration such as `2d`, `6h30m` or `90s`.
+
+    Raises:
+        ConfigError: it is none, or zero.
+    """
+    match = _DURATION.fullmatch(text)
+    parts = match.groups() if match else ()
+    seconds = sum(int(part or 0) * unit for part, unit in zip(parts, _UNITS_S, strict=False))
+    if seconds <= 0:
+        raise ConfigError(f"{text!r} is no duration; write days, hours, minutes, seconds as 6h30m")
+    return seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,12 +45,22 @@ class Where:
     """CPU threads of one engine. Ray's OMP_NUM_THREADS follows the reservation, so it is set."""
     engine_gpus: float = 0.0
     """GPUs that one engine actor reserves."""
+    decode_cpus: float = 0.5
+    """CPUs that a task reserves which fetches and decodes images. 1 where photographs are large
+    and CPUs are many; less where slow storage is waited for."""
     train_workers: int = 2
     """Training processes, one a GPU where there are GPUs."""
     train_gpu: bool = False
     """Give every training process a GPU."""
     worker_cpus: float = 1.0
     """CPUs that one training process reserves; it computes with as many threads, at least 1."""
+    finish_by: str | None = None
+    """How long captioning may take from its start, e.g. `6h30m`. The first blocks measure the
+    speed; then the pool gets the size that makes it, `max_actors` at most."""
+    gpu_hour_usd: float | None = None
+    """What one GPU costs an hour; tells dollars so far and expected."""
+    max_usd: float | None = None
+    """Captioning stops, resumable, before it has spent more. Needs `gpu_hour_usd`."""
     progress: bool = True
     """Show progress bars."""
 
@@ -44,7 +73,17 @@ class Where:
             )
         if self.train_workers < 1:
             raise ConfigError(f"train_workers must be at least 1, got {self.train_workers}")
-        for name in ("engine_cpus", "worker_cpus"):
+        if self.finish_by is not None:
+            seconds_of(self.finish_by)
+        for name in ("gpu_hour_usd", "max_usd"):
+            if (price := getattr(self, name)) is not None and price <= 0:
+                raise ConfigError(f"{name} must be above 0, got {price}")
+        if self.max_usd is not None and (self.gpu_hour_usd is None or not self.engine_gpus):
+            raise ConfigError(
+                f"max_usd is {self.max_usd:g}, but without gpu_hour_usd and engine_gpus above 0 "
+                "nothing costs anything; give all three"
+            )
+        for name in ("engine_cpus", "decode_cpus", "worker_cpus"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
 
