@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of a folder on a disk that every node sees."""
+"""Images that are files: of a folder or a bucket prefix, or those that a pattern names."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
-from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
+from sg4v_ray.sources import listing
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -20,47 +19,48 @@ name instead of being passed over in silence."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Folder:
-    """Every image file below a folder. The id is the path relative to it."""
+    """Every image file below a folder or bucket prefix. The id is the path relative to it."""
 
     path: str
-    """Absolute path; workers on every node read from it."""
+    """Absolute path or URI; workers on every node read from it."""
     name: str = "folder"
     """Source name stored with each row."""
 
     def __post_init__(self) -> None:
-        if not Path(self.path).is_absolute():
-            raise ConfigError(
-                f"the image folder {self.path!r} is relative; write {Path(self.path).absolute()}"
-            )
+        listing.check_place(f"{self.path.rstrip('/')}/")
 
     def rows(self, files: Storage) -> Iterator[ImageRow]:
-        """Yield a row an image file, in path order.
+        """Yield a row an image file.
 
         Raises:
             ConfigError: the folder does not exist, or a file's name is not UTF-8.
         """
-        root = Path(self.path)
-        if not root.is_dir():
-            raise ConfigError(
-                f"the image folder {self.path} does not exist on this machine; name one with "
-                "--step.0.config.sources.0.path /absolute/path"
-            )
-        for file in sorted(root.rglob("*")):
-            if file.suffix.lower() in SUFFIXES and file.is_file():
-                _check_name(file)
-                yield ImageRow(
-                    id=file.relative_to(root).as_posix(),
-                    source=self.name,
-                    uri=str(file),
-                    size_bytes=file.stat().st_size,
-                )
+        yield from image_rows(listing.below(self.path.rstrip("/")), self.name)
 
 
-def _check_name(file: Path) -> None:
-    try:
-        str(file).encode()
-    except UnicodeEncodeError:
-        raise ConfigError(
-            f"the file name {os.fsencode(file)!r} is not UTF-8 and cannot be an id; rename it "
-            "(convmv renames whole folders)"
-        ) from None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Glob:
+    """The image files that a pattern names. The id is the path below its fixed part."""
+
+    pattern: str
+    """Absolute path or URI with `*`, `?`, `[..]`, `**` or `{000..050}`."""
+    name: str = "glob"
+    """Source name stored with each row."""
+
+    def __post_init__(self) -> None:
+        listing.check_place(self.pattern)
+
+    def rows(self, files: Storage) -> Iterator[ImageRow]:
+        """Yield a row an image file.
+
+        Raises:
+            ConfigError: nothing matches, or a file's name is not UTF-8.
+        """
+        yield from image_rows(listing.matching(self.pattern), self.name)
+
+
+def image_rows(found: Iterator[listing.Found], source: str) -> Iterator[ImageRow]:
+    """Yield a row for every file that is named like an image."""
+    for one in found:
+        if PurePosixPath(one.name).suffix.lower() in SUFFIXES:
+            yield ImageRow(id=one.name, source=source, uri=one.uri, size_bytes=one.size_bytes)

@@ -7,9 +7,10 @@ An index holds no pixels; an unreadable file becomes a row here and a reject lat
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.errors import ConfigError, ContractError
@@ -18,9 +19,14 @@ from sg4v_ray.core.records import ImageRow, Question
 from sg4v_ray.core.rows import ROWS, put_rows, read_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.sources.catalogue import PaperImages
 from sg4v_ray.sources.drawn_shapes import DrawnShapes
 from sg4v_ray.sources.easy_vqa import EasyVqaImages, EasyVqaQuestions
-from sg4v_ray.sources.folder import Folder
+from sg4v_ray.sources.folder import Folder, Glob
+from sg4v_ray.sources.llava import LlavaImages
+from sg4v_ray.sources.tables import HfDataset, ParquetImages
+from sg4v_ray.sources.tars import Tars
+from sg4v_ray.sources.urls import UrlList
 
 _log = logging.getLogger(__name__)
 _ROWS_PER_FILE = 50_000
@@ -35,11 +41,28 @@ class ImageSource(Protocol):
         """Yield a row an image; a source that makes its images writes them below `files`."""
 
 
+Source: TypeAlias = (
+    Folder
+    | Glob
+    | Tars
+    | ParquetImages
+    | HfDataset
+    | LlavaImages
+    | UrlList
+    | PaperImages
+    | EasyVqaImages
+    | DrawnShapes
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexConfig:
     """Where the images of an index come from."""
 
-    sources: tuple[Folder | EasyVqaImages | DrawnShapes, ...]
+    sources: tuple[Source, ...]
+    allow_incomplete: bool = False
+    """Accept sources that lack images which their catalogue entry or JSON names. They are counted
+    in the manifest either way."""
 
     def __post_init__(self) -> None:
         names = [one.name for one in self.sources]
@@ -58,16 +81,48 @@ def run(config: IndexConfig, *, out: Ref, where: Where) -> Manifest:
     """Write the index `out`; open it if it is finished.
 
     Raises:
-        ContractError: two images have one id; both URIs are named.
+        ContractError: two images have one id; both URIs are named. Or a source is incomplete.
         ConfigError: a source is not there, or has no image.
     """
 
+    completeness: dict[str, tuple[int, int]] = {}
+
     def read(home: Storage) -> Iterator[ImageRow]:
         for source in config.sources:
-            rows = source.rows(home.sub(f"files/{source.name}"))
-            yield from _not_empty(rows, source.name)
+            rows = _not_empty(source.rows(home.sub(f"files/{source.name}")), source.name)
+            yield from _counted(rows, source, completeness)
+        _check_complete(completeness, allow_incomplete=config.allow_incomplete)
 
-    return _write(ImageRow, read, config, inputs={}, out=out, where=where)
+    facts = {"completeness": completeness}
+    return _write(ImageRow, read, config, inputs={}, out=out, where=where, facts=facts)
+
+
+def _counted(
+    rows: Iterable[Any], source: Source, completeness: dict[str, tuple[int, int]]
+) -> Iterator[Any]:
+    """Pass rows on; then note how many images are there and how many there should be."""
+    named = there = 0
+    for row in rows:
+        named += 1
+        there += row.size_bytes > 0 or not isinstance(source, LlavaImages)
+        yield row
+    expected = source.expected if isinstance(source, PaperImages) else named
+    completeness[source.name] = (there, expected)
+
+
+def _check_complete(completeness: dict[str, tuple[int, int]], *, allow_incomplete: bool) -> None:
+    lines = [
+        f"{name}: {there} of {expected} images are there ({there / expected:.1%})"
+        for name, (there, expected) in completeness.items()
+        if there < expected
+    ]
+    if lines and not allow_incomplete:
+        raise ContractError(
+            f"{'; '.join(lines)}. Get the rest, or index what is there with "
+            "--step.0.config.allow-incomplete"
+        )
+    for line in lines:
+        _log.warning("%s", line)
 
 
 def run_questions(config: QuestionsConfig, *, images: Ref, out: Ref, where: Where) -> Manifest:
@@ -88,7 +143,14 @@ def run_questions(config: QuestionsConfig, *, images: Ref, out: Ref, where: Wher
 
 
 def _write(
-    record: type, read: Any, config: object, *, inputs: dict[str, str], out: Ref, where: Where
+    record: type,
+    read: Any,
+    config: object,
+    *,
+    inputs: dict[str, str],
+    out: Ref,
+    where: Where,
+    facts: dict[str, Any] | None = None,
 ) -> Manifest:
     storage = where.storage
     if is_finished(storage, out, config=config, inputs=inputs):
@@ -97,12 +159,11 @@ def _write(
     with hold(home) as lease:
         home.delete(ROWS)
         seen: dict[str, str] = {}
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for number, rows in enumerate(_pieces(_unique(read(home), seen))):
             put_rows(home, f"{ROWS}/part-{number:05d}.parquet", record, rows)
             for row in rows:
-                source = getattr(row, "source", "questions")
-                counts[source] = counts.get(source, 0) + 1
+                counts[getattr(row, "source", "questions")] += 1
         _log.info("%s: %s", out, ", ".join(f"{count} {name}" for name, count in counts.items()))
         return commit(
             storage,
@@ -111,6 +172,7 @@ def _write(
             inputs=inputs,
             counts={"rows": len(seen), **counts},
             attempts=(ROWS,),
+            facts=facts,
             lease=lease,
         )
 
