@@ -8,7 +8,7 @@ full by itself; callers only keep enough requests in flight (`Engine.capacity`).
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,16 @@ class Generation:
             raise ConfigError(f"num_beams must be at least 1, got {self.num_beams}")
         if not 0 <= self.seed < 2**63:  # vLLM reads -1 as no seed at all
             raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed}")
+
+
+PUBLISHED_DECODING: Final = Generation(
+    max_tokens=500, temperature=1.0, repetition_penalty=1.5, num_beams=3
+)
+"""How the published Share-Captioner captions.
+
+Source: ShareGPT4Omni/ShareGPT4V@b6f70e9, tools/share-cap_batch_infer.py: num_beams=3,
+do_sample=True, temperature=1.0, repetition_penalty=1.5, max_length=500.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

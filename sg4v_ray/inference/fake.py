@@ -8,7 +8,7 @@ prompt's tokens, the pixels and the generation settings, and reads as words of t
 import asyncio
 import hashlib
 import json
-import random
+import os
 import re
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from sg4v_ray.core.errors import EngineError
 from sg4v_ray.inference.engine import Delta, EngineStats, FinishReason, Request
@@ -37,14 +39,14 @@ class _Row:
     ends: bool
     deltas: asyncio.Queue[Delta | EngineError] = field(default_factory=asyncio.Queue)
 
-    def step(self) -> bool:
-        """Deliver one token; say whether it was the last."""
-        token = self.tokens.popleft()
+    def step(self, count: int) -> bool:
+        """Deliver the next tokens; say whether the last was one of them."""
+        made = tuple(self.tokens.popleft() for _ in range(min(count, len(self.tokens))))
         last = not self.tokens
         reason: FinishReason | None = None
         if last:
             reason = "stop" if self.ends else "length"
-        self.deltas.put_nowait(Delta((token,), reason))
+        self.deltas.put_nowait(Delta(made, reason))
         return last
 
 
@@ -55,8 +57,8 @@ class FakeEngine:
         self.capacity = config.capacity
         self._config = config
         self._model = model
-        self._running: list[_Row] = []
-        self._waiting: deque[_Row] = deque()
+        self._running: dict[_Row, None] = {}  # sets that keep their order
+        self._waiting: dict[_Row, None] = {}
         self._steps = 0
         self._wake = asyncio.Event()
         self._stepping: asyncio.Task[None] | None = None
@@ -73,9 +75,11 @@ class FakeEngine:
         """Yield one token a decode step; see `Engine.generate`."""
         if self._stepping is None:
             raise EngineError("the engine is not running; call start() first")
-        refuse_beams(request, kind="fake")
+        refuse_beams(request.generation, kind="fake")
         row = self._answer(request, limit=self._rules.check(request))
-        self._waiting.append(row)
+        if any(int(image.flat[0]) == self._config.poison for image in request.images):
+            os._exit(1)
+        self._waiting[row] = None
         self._wake.set()
         try:
             while True:
@@ -86,9 +90,8 @@ class FakeEngine:
                 if delta.finish_reason is not None:
                     return
         finally:
-            for rows in (self._running, self._waiting):
-                with suppress(ValueError):
-                    rows.remove(row)
+            self._running.pop(row, None)
+            self._waiting.pop(row, None)
 
     def stats(self) -> EngineStats:
         """Return what the engine does now."""
@@ -110,25 +113,30 @@ class FakeEngine:
     async def _decode(self) -> None:
         while True:
             while self._waiting and len(self._running) < self.capacity:
-                self._running.append(self._waiting.popleft())
+                row = next(iter(self._waiting))
+                del self._waiting[row]
+                self._running[row] = None
             if not self._running:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             await asyncio.sleep(self._config.latency_s)  # stands for a forward pass
             self._steps += 1
-            self._running = [row for row in self._running if not row.step()]
+            for row in [*self._running]:
+                if row.step(self._config.tokens_per_step):
+                    del self._running[row]
 
     def _answer(self, request: Request, *, limit: int) -> _Row:
         how = request.generation
-        digest = hashlib.sha256(repr(request.token_ids).encode())
+        digest = hashlib.shake_128(repr(request.token_ids).encode())
         for image in request.images:
             digest.update(image.tobytes())
         sampling = (how.temperature, how.top_p, how.seed) if how.temperature else ()
         digest.update(repr((sampling, how.repetition_penalty)).encode())
-        rng = random.Random(digest.digest())
-        length = rng.randint(MIN_TOKENS, MAX_TOKENS)
-        tokens = [*rng.choices(self._words, k=length), self._rules.eos_token]
+        first, *drawn = np.frombuffer(digest.digest(4 * MAX_TOKENS + 4), np.uint32).tolist()
+        length = MIN_TOKENS + first % (MAX_TOKENS - MIN_TOKENS + 1)
+        words = (self._words[one % len(self._words)] for one in drawn[:length])
+        tokens = [*words, self._rules.eos_token]
         return _Row(deque(tokens[:limit]), ends=len(tokens) <= limit)
 
 

@@ -23,7 +23,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from sg4v_ray.core.errors import EngineError
+from sg4v_ray.core.errors import EngineDead, EngineError
 from sg4v_ray.inference.engine import Delta, EngineStats, FinishReason, Generation, Request
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.inference.prompt import PromptRules
@@ -44,10 +44,16 @@ class _Row:
     aborted: bool = False
 
     @property
-    def kind(self) -> tuple[Generation, int] | None:
-        """Rows of equal kind share a batch: all without beams, and beams of equal settings."""
+    def kind(self) -> tuple[Generation, int, int] | None:
+        """Rows of equal kind share a batch: all without beams, and beams of equal settings.
+
+        Beams that sample draw from one generator, so what shares their batch would change what
+        they say: each runs alone.
+        """
         how = self.request.generation
-        return None if how.num_beams == 1 else (replace(how, seed=0), self.limit)
+        if how.num_beams == 1:
+            return None
+        return (replace(how, seed=0), self.limit, id(self) if how.temperature else 0)
 
 
 class HFEngine:
@@ -140,8 +146,10 @@ class HFEngine:
             batch = self._loop.run_in_executor(self._thread, self._decode, self._running)
             await asyncio.wait([batch])
             if error := batch.exception():
+                # After most errors of a GPU every later call of this process fails as well.
+                kind = EngineError if self._device.type == "cpu" else EngineDead
                 for row in self._running:
-                    row.deltas.put_nowait(EngineError(f"decoding failed: {error}"))
+                    row.deltas.put_nowait(kind(f"decoding failed: {error}"))
             self._running = ()
 
     def _take(self) -> tuple[_Row, ...]:
@@ -174,7 +182,7 @@ class HFEngine:
             self._beams(rows, inputs)
 
     def _beams(self, rows: tuple[_Row, ...], inputs: dict[str, Tensor]) -> None:
-        """Decode with beams. Sampling beams share one generator, seeded by the first request."""
+        """Decode with beams; a row whose beams sample comes alone, with its own seed."""
         how, limit = rows[0].request.generation, rows[0].limit
         config = self._decoding(limit)
         config.num_beams = how.num_beams

@@ -27,6 +27,11 @@ class EngineConfig:
     """Memory for keys and values of vLLM's CPU build; GPUs size it by themselves."""
     latency_s: float = 0.0
     """FakeEngine only: seconds a decode step takes."""
+    tokens_per_step: int = 1
+    """FakeEngine only: tokens of a row that a decode step makes."""
+    poison: int | None = None
+    """FakeEngine only: an image whose first byte is this ends the process, as an image does that
+    makes a real engine crash."""
 
     def __post_init__(self) -> None:
         if self.capacity < 1:

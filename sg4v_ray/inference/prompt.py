@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sg4v_ray.core.errors import ConfigError, EngineError
-from sg4v_ray.inference.engine import Request, check_request
+from sg4v_ray.inference.engine import Generation, Request, check_request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,12 +94,12 @@ class PromptRules:
         return expanded
 
 
-def refuse_beams(request: Request, *, kind: str) -> None:
-    """Raise ConfigError when a request wants beams of an engine that has none."""
-    if request.generation.num_beams > 1:
+def refuse_beams(generation: Generation, *, kind: str) -> None:
+    """Raise ConfigError when beams are asked of an engine that has none."""
+    if generation.num_beams > 1 and kind != "hf":
         raise ConfigError(
-            f"num_beams is {request.generation.num_beams}, but the engine {kind!r} has no beam "
-            "search; set num_beams=1 or use the engine 'hf'"
+            f"num_beams is {generation.num_beams}, but the engine {kind!r} has no beam search; "
+            "set num_beams to 1 or use the engine 'hf'"
         )
 
 

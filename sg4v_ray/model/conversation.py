@@ -130,7 +130,10 @@ class Conversation:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of an answer: without specials, stripped, whole characters only."""
-        return self.stream().push(token_ids)
+        text = str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        if "\N{REPLACEMENT CHARACTER}" in text:  # parts of characters: only the stream is exact
+            return self.stream().push(token_ids)
+        return text.strip()
 
     def stream(self) -> "TextStream":
         """Return a decoder for the tokens of one answer as they are made."""

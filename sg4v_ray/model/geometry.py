@@ -30,7 +30,12 @@ _BAND_ROWS: Final = 256
 
 
 def as_model_sees(image: Image.Image, size: int, geometry: Geometry) -> npt.NDArray[np.uint8]:
-    """Return the (size, size, 3) pixels that the vision tower gets, before normalisation.
+    """Return the (size, size, 3) pixels that the vision tower gets; see `squared`."""
+    return np.asarray(squared(image, size, geometry))
+
+
+def squared(image: Image.Image, size: int, geometry: Geometry) -> Image.Image:
+    """Return the square of `size` pixels that the vision tower gets, before normalisation.
 
     Raises:
         ContractError: the image is not RGB.
@@ -44,8 +49,9 @@ def as_model_sees(image: Image.Image, size: int, geometry: Geometry) -> npt.NDAr
         raise ContractError(
             f"expected an RGB image, got mode {image.mode}; open it with core.images.open_image"
         )
-    square = _padded(image, size) if geometry == "pad" else _cropped(image, size)
-    return np.asarray(square)
+    if image.size == (size, size):
+        return image
+    return _padded(image, size) if geometry == "pad" else _cropped(image, size)
 
 
 def _cropped(image: Image.Image, size: int) -> Image.Image:

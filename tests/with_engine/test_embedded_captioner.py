@@ -22,6 +22,7 @@ from serve.config import Limits, ModelDeployment
 from serve.protocol import parse
 from serve.request import ChatModel, to_request
 from sg4v_ray.batch.pixels import ModelPixels, add_images
+from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import Sample, Turn, schema, to_table
 from sg4v_ray.inference.engine import Completion, Engine, Generation, Pixels, Request, complete
@@ -102,7 +103,9 @@ def test_training_captioning_and_serving_see_equal_pixels_and_token_ids(
     rows = in_training(folder, files, geometry, tmp_path)
     table = pa.table({"uri": [str(one) for one in files]})
     encode = ModelPixels(size=SIZE, geometry=geometry)
-    in_bulk = add_images(table, limits=ImageLimits(), encode=encode)["image"].to_pylist()
+    in_bulk = add_images(table, limits=ImageLimits(), encode=encode, fetch=FetchConfig())[
+        "image"
+    ].to_pylist()
     prompt = Conversation.open(folder, "vicuna_v1").prompt(
         [Turn(role="user", text=UNIFIED)], num_images=1
     )

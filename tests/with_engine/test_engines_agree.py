@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from sg4v_ray.inference.engine import Completion, Engine, Pixels, Request, complete
+from sg4v_ray.inference.engine import (
+    PUBLISHED_DECODING,
+    Completion,
+    Engine,
+    Pixels,
+    Request,
+    complete,
+)
 from sg4v_ray.model import weights
 from sg4v_ray.model.config import EOS_TOKEN_ID, ModelConfig
 from sg4v_ray.model.processor import PixelMaker
@@ -102,6 +109,20 @@ def test_beams_are_those_of_transformers(
     whole = reference.generate(**inputs, max_new_tokens=16, num_beams=3)
     expected = whole[0, len(ids) :].tolist()
     assert list(run(complete(engine, request)).token_ids) == expected
+
+
+@hf_only
+def test_the_published_decoding_depends_on_its_seed_and_not_on_its_batch_mates(
+    engine: Engine, pictures: Pictures, ask: Ask, run: Run
+) -> None:
+    def published(picture: int, seed: int) -> Request:
+        how = replace(PUBLISHED_DECODING, max_tokens=12, seed=seed)
+        return replace(ask(pictures[picture]), generation=how)
+
+    requests = [published(n, n) for n in range(3)]
+    alone = [run(complete(engine, one)) for one in requests]
+    assert run(_complete_all(engine, requests)) == alone
+    assert run(complete(engine, published(0, 99))) != alone[0]
 
 
 @hf_only
