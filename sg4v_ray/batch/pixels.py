@@ -4,20 +4,22 @@
 Runs on CPU workers, after the checkpoint filter, so finished rows are never fetched again.
 """
 
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
 
-import obstore
 import pyarrow as pa
-from obstore.exceptions import NotFoundError, PermissionDeniedError
 from PIL import Image
+from ray.util.metrics import Counter
 
+from sg4v_ray.batch.loop_thread import LoopThread
+from sg4v_ray.core import observe
+from sg4v_ray.core.fetch import FetchConfig, Fetcher
+from sg4v_ray.core.image_bytes import is_remote, read, read_all
 from sg4v_ray.core.images import ImageLimits, Rejected, open_image
-from sg4v_ray.core.rejects import Reject
-from sg4v_ray.core.storage import Storage, is_local, local_path
-from sg4v_ray.model.geometry import Geometry, as_model_sees
+from sg4v_ray.model.geometry import Geometry, squared
 
 COLUMNS = pa.schema(
     [
@@ -29,40 +31,35 @@ COLUMNS = pa.schema(
 """What this step adds to a table; exactly one of `image` and `reject` is set."""
 
 
-def read_bytes(uri: str, *, limits: ImageLimits) -> bytes | Rejected:
-    """Read an encoded image, its size checked before it is read.
-
-    Raises:
-        OSError, obstore errors: the storage itself fails, after obstore's own retries. The job
-            ends and may be run again.
-    """
-    if is_local(uri):
-        path = local_path(uri)
-        if not path.is_file():
-            return Rejected(Reject.MISSING, f"no such file: {uri}")
-        if (size := path.stat().st_size) > limits.max_bytes:
-            return Rejected(Reject.TOO_MANY_BYTES, f"{size} bytes, limit {limits.max_bytes}")
-        try:
-            return path.read_bytes()
-        except PermissionError:
-            return Rejected(Reject.NOT_READABLE, f"no permission to read {uri}")
-    folder, _, name = uri.rpartition("/")
-    store = Storage(folder).open()
-    try:
-        found = obstore.get(store, name)
-    except (NotFoundError, FileNotFoundError):
-        return Rejected(Reject.MISSING, f"no such object: {uri}")
-    except PermissionDeniedError:
-        return Rejected(Reject.NOT_READABLE, f"no permission to read {uri}")
-    if (size := found.meta["size"]) > limits.max_bytes:
-        return Rejected(Reject.TOO_MANY_BYTES, f"{size} bytes, limit {limits.max_bytes}")
-    return bytes(found.bytes())
-
-
 def load_image(uri: str, *, limits: ImageLimits) -> Image.Image | Rejected:
-    """Read and decode one untrusted image."""
-    data = read_bytes(uri, limits=limits)
+    """Read and decode one untrusted image that is not on the web."""
+    data = read(uri, limits=limits)
     return data if isinstance(data, Rejected) else open_image(data, limits)
+
+
+def read_images(
+    uris: Sequence[str], *, limits: ImageLimits, fetch: FetchConfig
+) -> Iterator[bytes | Rejected]:
+    """Yield the encoded bytes of images: many at once where a network is waited for."""
+    if not any(map(is_remote, uris)):
+        yield from (read(uri, limits=limits) for uri in uris)
+        return
+    loop, fetcher = _network(fetch)
+    yield from loop.run(
+        read_all(uris, limits=limits, fetcher=fetcher, concurrency=fetch.concurrency)
+    )
+
+
+@functools.cache
+def _network(fetch: FetchConfig) -> tuple[LoopThread, Fetcher]:
+    """Keep one loop and its connections in each worker process."""
+    return LoopThread("fetch"), Fetcher(fetch)
+
+
+@functools.cache
+def _decode_seconds() -> Counter:
+    """Make the metric once in each worker process."""
+    return Counter(observe.DECODE_S.name, observe.DECODE_S.description)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +72,7 @@ class ModelPixels:
 
     def __call__(self, image: Image.Image) -> bytes:
         """Return size * size * 3 bytes, row by row."""
-        return as_model_sees(image, self.size, self.geometry).tobytes()
+        return squared(image, self.size, self.geometry).tobytes()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,20 +91,26 @@ class TeacherPng:
 
 
 def add_images(
-    table: pa.Table, *, limits: ImageLimits, encode: Callable[[Image.Image], bytes]
+    table: pa.Table,
+    *,
+    limits: ImageLimits,
+    encode: Callable[[Image.Image], bytes],
+    fetch: FetchConfig,
 ) -> pa.Table:
     """Add `image`, `reject` and `reject_detail` to a table with a `uri` column."""
-    rows: list[dict[str, Any]] = []
-    for uri in table["uri"].to_pylist():
-        image = load_image(uri, limits=limits)
-        rows.append(
-            {
-                "image": None if isinstance(image, Rejected) else encode(image),
-                "reject": image.reason.value if isinstance(image, Rejected) else None,
-                "reject_detail": image.detail if isinstance(image, Rejected) else None,
-            }
-        )
-    added = pa.Table.from_pylist(rows, schema=COLUMNS)
-    for name in COLUMNS.names:
-        table = table.append_column(COLUMNS.field(name), added[name])
+    started_s = time.monotonic()
+    encoded: list[bytes | None] = []
+    rejects: list[Rejected | None] = []
+    for data in read_images(table["uri"].to_pylist(), limits=limits, fetch=fetch):
+        image = data if isinstance(data, Rejected) else open_image(data, limits)
+        encoded.append(None if isinstance(image, Rejected) else encode(image))
+        rejects.append(image if isinstance(image, Rejected) else None)
+    _decode_seconds().inc(time.monotonic() - started_s)
+    columns = (
+        encoded,
+        [None if one is None else one.reason.value for one in rejects],
+        [None if one is None else one.detail for one in rejects],
+    )
+    for field, values in zip(COLUMNS, columns, strict=True):
+        table = table.append_column(field, pa.array(values, field.type))
     return table

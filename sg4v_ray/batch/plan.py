@@ -16,21 +16,26 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from ray._private import state as cluster_state
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.checkpoint import CheckpointConfig
+from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sg4v_ray.batch.tally import Speed, Tally, show_progress
+from sg4v_ray.batch.tally import Speed, Tally
+from sg4v_ray.batch.watch import Resize, Watch, watching
 from sg4v_ray.core.errors import ArtifactCorrupt, ConfigError, Sg4vError
+from sg4v_ray.core.lease import Lease
 from sg4v_ray.core.rows import ROWS, read_columns
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
@@ -38,11 +43,9 @@ from sg4v_ray.core.where import Where
 _log = logging.getLogger(__name__)
 
 LIGHT_CPUS = 0.25
-"""What a read, prepare or write task reserves: at 1 CPU each they would starve the engine of a
+"""What a read or write task reserves: at 1 CPU each they would starve the engine of a
 2-CPU machine, and the plan would wait for ever."""
 _MARK = "SG4V_WRITER"
-FIRST_ATTEMPT = f"{ROWS}/attempt-0001"
-_CHECKPOINT = "checkpoint"
 _PENDING = ".pending.parquet"
 
 
@@ -78,69 +81,137 @@ class Work:
     """The record class of the rows that come out."""
 
 
+def rows_of(attempt: int) -> str:
+    """Return the folder of an artifact that holds the rows of an attempt (1 is the first)."""
+    return f"{ROWS}/attempt-{attempt:04d}"
+
+
+def _checkpoint_of(attempt: int) -> str:
+    return f"checkpoint-{attempt:04d}"
+
+
 def run(
-    *, index: Storage, home: Storage, work: Work, flow: Flow, where: Where
-) -> tuple[pa.Table, Speed]:
-    """Send every row of `index` through `work` once; return the rows' outcome columns.
+    *,
+    index: Storage,
+    home: Storage,
+    attempt: int,
+    work: Work,
+    flow: Flow,
+    where: Where,
+    lease: Lease,
+) -> Speed:
+    """Send every row of `index` through `work` once.
 
     Args:
         index: folder of Parquet files with a unique `id` column.
-        home: the artifact's folder; rows land in `rows/attempt-0001`, and a killed run resumes
+        home: the artifact's folder; rows land in `rows_of(attempt)`, and a killed run resumes
             from what lies there.
 
     Returns:
-        A table of `id`, `num_tokens` and `reject` of every row, checked by `verify`, and how
-        fast this run was.
+        How fast this run was. The rows' ids are checked by `verify`.
 
     Raises:
         ArtifactCorrupt: an id is missing or double in the output.
         ConfigError: the cluster is too small for one engine and the light tasks beside it.
+        LeaseLost: another driver took over.
         Sg4vError: whatever a work actor raised on purpose, as itself.
     """
-    attempt = home.sub(FIRST_ATTEMPT)
-    checkpoint = home.sub(_CHECKPOINT)
+    rows = home.sub(rows_of(attempt))
+    checkpoint = home.sub(_checkpoint_of(attempt))
     wanted = read_columns(index, ["id"])["id"]
     speed = Speed()
     if _pending(checkpoint) or len(_finished(checkpoint)) < len(wanted):
         check_cluster(where)
         _wait_for_old_writers(home)
         finished = _finished(checkpoint)
-        mark = uuid.uuid4().hex
-        home.put("writer.json", json.dumps({"mark": mark}).encode())
         with (
             _protected(checkpoint),
-            show_progress(home, len(finished), len(wanted), where) as tally,
+            watching(home, len(finished), len(wanted), where, lease) as watch,
+            _asked_at_every_step(watch),
         ):
-            try:
-                _execute(index, attempt, work, flow, where, tally, mark)
-            except Sg4vError as error:
-                # Ray's error is also of the type that it carries, with a page of traceback as text.
-                raise getattr(error, "cause", error) from None
-            speed = ray.get(tally.speed.remote())
-    outcome = read_columns(attempt, ["id", "num_tokens", "reject"])
-    verify(wanted, outcome["id"], where=attempt.root)
-    return outcome, speed
+            _execute_resizing(index, rows, work, flow, where, watch, home)
+            speed = ray.get(watch.tally.speed.remote())
+    verify(wanted, read_columns(rows, ["id"])["id"], where=rows.root)
+    return speed
 
 
-def drop_checkpoint(home: Storage) -> None:
+def drop_checkpoint(home: Storage, attempt: int) -> None:
     """Delete Ray's notes of finished rows. Only after the manifest: until then they are needed."""
-    home.delete(_CHECKPOINT)
+    home.delete(_checkpoint_of(attempt))
+
+
+def _execute_resizing(
+    index: Storage,
+    out: Storage,
+    work: Work,
+    flow: Flow,
+    where: Where,
+    watch: Watch,
+    home: Storage,
+) -> None:
+    """Execute the plan; when the watch wants another number of actors, stop and build it again."""
+    initial_actors = where.min_actors
+    while True:
+        mark = uuid.uuid4().hex
+        home.put("writer.json", json.dumps({"mark": mark}).encode())
+        try:
+            return _execute(index, out, work, flow, where, watch.tally, mark, initial_actors)
+        except Resize as resize:
+            initial_actors = max(where.min_actors, resize.actors)
+            ray.get(watch.tally.drop_pool.remote())
+            where = replace(where, max_actors=initial_actors)
+            _wait_for_old_writers(home)
+        except Sg4vError as error:
+            # Ray's error is also of the type that it carries, with a page of traceback as text.
+            raise getattr(error, "cause", error) from None
+
+
+class _Check(ExecutionCallback):
+    """Lets the watch end the plan. Ray makes this object itself and pickles its class, so the
+    watch is found in the module."""
+
+    watch: ClassVar[Watch | None] = None
+
+    def on_execution_step(self, executor: object) -> None:
+        """Raise what the watch has decided."""
+        if _Check.watch is not None:
+            _Check.watch.check()
+
+
+@contextmanager
+def _asked_at_every_step(watch: Watch) -> Iterator[None]:
+    context = DataContext.get_current()
+    before = list(context.custom_execution_callback_classes)
+    _Check.watch = watch
+    context.custom_execution_callback_classes = [*before, _Check]
+    try:
+        yield
+    finally:
+        _Check.watch = None
+        context.custom_execution_callback_classes = before
 
 
 def _execute(
     index: Storage,
-    attempt: Storage,
+    out: Storage,
     work: Work,
     flow: Flow,
     where: Where,
     tally: "ray.actor.ActorHandle[Tally]",
     mark: str,
+    initial_actors: int,
 ) -> None:
     filesystem, path = index.arrow()
     rows = ray.data.read_parquet(path, filesystem=filesystem, num_cpus=LIGHT_CPUS)
     rows = rows.repartition(target_num_rows_per_block=flow.rows_per_block)
     rows = rows.map_batches(
-        work.prepare, batch_size=flow.batch_size, batch_format="pyarrow", num_cpus=LIGHT_CPUS
+        work.prepare,
+        batch_size=flow.batch_size,
+        batch_format="pyarrow",
+        num_cpus=where.decode_cpus,
+        # The default, but said: Ray runs two steps of equal arguments as one, and decoding inside
+        # the engine's actor would stop the engine.
+        retry_exceptions=False,
     )
     rows = rows.map_batches(
         work.actor,
@@ -152,11 +223,12 @@ def _execute(
         compute=ActorPoolStrategy(
             min_size=where.min_actors,
             max_size=where.max_actors,
+            initial_size=initial_actors,
             max_concurrent_calls_per_actor=flow.batches_in_flight,
         ),
     )
     _refuse_unprotected(rows)
-    filesystem, path = attempt.arrow()
+    filesystem, path = out.arrow()
     rows.write_parquet(
         path,
         filesystem=filesystem,
@@ -214,8 +286,11 @@ def check_cluster(where: Where) -> None:
 
     Without this a plan that is too big waits for ever, without a word.
     """
-    have = ray.cluster_resources()
-    need_cpus = where.min_actors * where.engine_cpus + 1.0
+    # Of an autoscaling cluster, what it may grow to.
+    grown = cluster_state.state.get_max_resources_from_cluster_config() or {}
+    have = {key: max(value, grown.get(key, 0)) for key, value in ray.cluster_resources().items()}
+    have = grown | have
+    need_cpus = where.min_actors * where.engine_cpus + 2 * LIGHT_CPUS + where.decode_cpus
     need_gpus = where.min_actors * where.engine_gpus
     if have.get("CPU", 0) < need_cpus or have.get("GPU", 0) < need_gpus:
         raise ConfigError(
@@ -274,9 +349,18 @@ def _wait_for_old_writers(home: Storage) -> None:
         return
     mark = json.loads(home.get("writer.json"))["mark"]
     pause = threading.Event()
-    while any(ray.get([_alive_on(node, mark) for node in ray.nodes() if node["Alive"]])):
+    while _writes_somewhere(mark):
         _log.info("waiting for write tasks of the previous run to end")
         pause.wait(0.5)
+
+
+def _writes_somewhere(mark: str) -> bool:
+    """Ask every node; one that dies meanwhile is asked again until the cluster knows it is gone."""
+    asked = [_alive_on(node, mark) for node in ray.nodes() if node["Alive"]]
+    try:
+        return any(ray.get(asked))
+    except (TaskUnschedulableError, WorkerCrashedError, NodeDiedError):
+        return True
 
 
 def _alive_on(node: dict[str, Any], mark: str) -> "ray.ObjectRef[bool]":
