@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build training data: captions and questions in, conversations out, nothing dropped unnamed.
 
-captions@v, teacher-captions@v, questions@v -> parts -> dataset@v (one Arrow file and a card)
+captions@v, caption-scores@v, questions@v -> parts -> dataset@v (one Arrow file and a card)
 
 Rejected captions stay in their own artifact; here they are counted by reason and left out.
 """
@@ -25,6 +25,7 @@ from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset.card import card
+from sg4v_ray.dataset.filter import CaptionFilter, left_out
 from sg4v_ray.model.instructions import training_question
 
 SAMPLES = "samples.arrow"
@@ -40,6 +41,8 @@ class CaptionsPart:
     only_words: tuple[str, ...] = ()
     """Shrink each caption to those of its words that are listed here, in the order of this list;
     empty keeps it whole."""
+    filter: CaptionFilter | None = None
+    """What is left out by scores (`jobs.score_captions`); None leaves out rejects alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +73,7 @@ def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
         ContractError: two parts give samples of one id, or nothing is left.
     """
     storage = where.storage
-    refs = [_ref(part) for part in config.parts]
+    refs = [ref for part in config.parts for ref in _refs(part)]
     inputs = {str(ref): find(storage, ref).fingerprint for ref in refs}
     if is_finished(storage, out, config=config, inputs=inputs):
         return find(storage, out)
@@ -93,8 +96,10 @@ def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
         )
 
 
-def _ref(part: CaptionsPart | QuestionsPart) -> Ref:
-    return part.captions if isinstance(part, CaptionsPart) else part.questions
+def _refs(part: CaptionsPart | QuestionsPart) -> tuple[Ref, ...]:
+    if isinstance(part, QuestionsPart):
+        return (part.questions,)
+    return (part.captions, part.filter.scores) if part.filter else (part.captions,)
 
 
 def _write(file: Path, samples: Iterator[Sample]) -> None:
@@ -129,9 +134,11 @@ def _samples(storage: Storage, config: BuildConfig, counts: Counter[str]) -> Ite
 def _from_captions(
     storage: Storage, part: CaptionsPart, seed: int, counts: Counter[str]
 ) -> Iterator[Sample]:
+    unwanted = left_out(storage, part.filter, part.captions) if part.filter else {}
     for row in read_rows(storage, part.captions, CaptionRow):
-        if row.text is None:
-            counts[f"left_out_{row.reject}"] += 1
+        reason = row.reject or unwanted.get(row.id)
+        if reason is not None:
+            counts[f"left_out_{reason}"] += 1
             continue
         text = shrink(row.text, part.only_words) if part.only_words else row.text
         if text is None:

@@ -13,9 +13,10 @@ import pyarrow as pa
 from sg4v_ray.batch import plan
 from sg4v_ray.batch.generate import Generate, GenerateConfig, ModelSource
 from sg4v_ray.batch.pixels import ModelPixels, add_images
-from sg4v_ray.batch.stage import image_size, input_fingerprints, write_rows
+from sg4v_ray.batch.stage import Stage, image_size, input_fingerprints, write_rows
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
-from sg4v_ray.core.config import without_budget
+from sg4v_ray.core.config import content_of
+from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import Prediction, Question
@@ -41,7 +42,7 @@ class EvaluateConfig:
 def prepare(table: pa.Table, *, limits: ImageLimits, pixels: ModelPixels) -> pa.Table:
     """Keep what a prediction needs, and add the image as the model sees it."""
     columns = ["id", "image_id", "uri", "text", "answers"]
-    return add_images(table.select(columns), limits=limits, encode=pixels)
+    return add_images(table.select(columns), limits=limits, encode=pixels, fetch=FetchConfig())
 
 
 def predict(
@@ -57,28 +58,28 @@ def predict(
     """Write `out`, an answer or a reason for every question; resume it if it was begun."""
     storage = where.storage
     pixels = ModelPixels(size=image_size(storage, model), geometry=config.geometry)
-    return write_rows(
-        out,
-        identity={"evaluate": without_budget(config), "engine": engine.identity},
+    kwargs = {
+        "model": ModelSource(root=where.root, ref=model),
+        "engine": engine,
+        "config": config.generate,
+        "image_size": pixels.size,
+        "text_column": "prediction",
+        "threads": where.engine_threads,
+    }
+    stage = Stage(
+        out=out,
+        identity={"evaluate": content_of(config), "engine": engine.identity},
         inputs=input_fingerprints(storage, questions, model),
         index=storage.sub(f"{questions.path}/rows"),
-        work=plan.Work(
+        work=lambda attempt: plan.Work(
             actor=Generate,
-            kwargs={
-                "model": ModelSource(root=where.root, ref=model),
-                "engine": engine,
-                "config": config.generate,
-                "image_size": pixels.size,
-                "text_column": "prediction",
-                "threads": where.engine_threads,
-            },
+            kwargs={**kwargs, "attempt": attempt},
             prepare=partial(prepare, limits=config.images, pixels=pixels),
             record=Prediction,
         ),
         budget=config.budget,
-        flow=flow,
-        where=where,
     )
+    return write_rows(stage, flow=flow, where=where)
 
 
 def score(

@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
-from sg4v_ray.core.config import load, to_plain, without_budget
+from sg4v_ray.core.config import content_of, load, to_plain
 from sg4v_ray.core.errors import ConfigError, ContractError
 from sg4v_ray.core.lease import Lease, hold
 from sg4v_ray.core.storage import Storage
@@ -49,7 +49,7 @@ def run(
     """
     storage = where.storage
     inputs = _inputs(storage, start, dataset)
-    identity = without_budget(config)
+    identity = content_of(config)
     if isinstance(start, Fresh):
         identity = {"stage": identity, "model": start.model, "seed": start.seed}
     if is_finished(storage, out, config=identity, inputs=inputs):

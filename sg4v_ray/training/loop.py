@@ -103,7 +103,8 @@ def train(loop: Loop) -> Progress:
             losses=(*progress.losses, loss),
             grad_norms=(*progress.grad_norms, grad_norm),
         )
-        loop.budget.check(rejected=progress.counts.get("rejected", 0), total=plan.num_planned)
+        rejected = Counter(unreadable_image=progress.counts.get("rejected", 0))
+        loop.budget.check(rejected=rejected, total=plan.num_planned)
         is_last = progress.step == plan.total_steps
         must_save = is_last or progress.step % loop.save_every_steps == 0
         if is_time or is_last:

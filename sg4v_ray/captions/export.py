@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write finished captions as the JSON that LLaVA and ShareGPT4V publish and their tools read.
+
+captions@v -> one JSON array, rejected rows left out
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sg4v_ray.core.artifact import Ref, find
+from sg4v_ray.core.llava_json import record_of, write_records
+from sg4v_ray.core.records import Turn
+from sg4v_ray.core.rows import newest_by_file
+from sg4v_ray.core.where import Where
+from sg4v_ray.model.instructions import training_question
+
+
+def export(*, captions: Ref, to: str, seed: int, where: Where) -> int:
+    """Write the captions as `to`, a path below their artifact; return how many.
+
+    Args:
+        seed: chooses the question of each caption, as in a dataset.
+
+    Raises:
+        ArtifactMissing: the captions are not finished.
+    """
+    storage = where.storage
+    home, attempts = storage.sub(captions.path), find(storage, captions).attempts
+
+    def records() -> Iterator[dict[str, Any]]:
+        for table in newest_by_file(home, attempts, ["uri", "text"]):
+            for row in table.to_pylist():
+                if row["text"] is not None:
+                    question = Turn(role="user", text=training_question(row["id"], seed))
+                    answer = Turn(role="assistant", text=row["text"])
+                    yield record_of(row["id"], image_of(row["id"], row["uri"]), (question, answer))
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, Path(to).name)
+        with path.open("wb") as file:
+            count = write_records(file, records())
+        home.upload(Path(folder), str(Path(to).parent) if "/" in to else "")
+    return count
+
+
+def image_of(key: str, uri: str) -> str:
+    """Return what a record names as its image: the path below the data folder, else the place."""
+    return key if uri.endswith(f"/{key}") else uri
