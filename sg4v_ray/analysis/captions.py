@@ -57,12 +57,13 @@ def write_report(
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "gallery.html"
         shown = [(key.replace("_", " "), str(value)) for key, value in figures.items()]
-        write_gallery(page, title=title, figures=shown, items=_items(rows))
+        write_gallery(page, title=title, figures=shown, items=items_of(rows))
         storage.put("gallery.html", page.read_bytes())
     return figures
 
 
-def _items(rows: Iterable[CaptionRow]) -> Iterator[GalleryItem]:
+def items_of(rows: Iterable[CaptionRow]) -> Iterator[GalleryItem]:
+    """Yield what a gallery shows of rows; images are read again and made small."""
     for row in rows:
         yield GalleryItem(
             id=row.id,

@@ -44,9 +44,18 @@ def write_gallery(
 
 
 def render_gallery(
-    *, title: str, figures: Sequence[tuple[str, str]], items: Iterable[GalleryItem]
+    *,
+    title: str,
+    figures: Sequence[tuple[str, str]],
+    items: Iterable[GalleryItem],
+    above: Markup | None = None,
+    style: str = "",
 ) -> str:
-    """Return a gallery as the text of one HTML file."""
+    """Return a gallery as the text of one HTML file.
+
+    Args:
+        above: shown between the figures and the images, with its own `style`.
+    """
     rejects: Counter[str | None] = Counter()
     cards = []
     for item in items:
@@ -54,8 +63,9 @@ def render_gallery(
         cards.append(_card(item))
     nothing = element("p", "Nothing matches this search.", id="nothing", hidden=bool(cards))
     wall = element("section", *cards, class_="wall", aria_label="Images and captions")
-    body = html.join([html.figures(figures), _toolbar(rejects), nothing, wall])
-    return html.page(title, body, style=_STYLE, script=_SCRIPT)
+    top = [html.figures(figures)] if above is None else [html.figures(figures), above]
+    body = html.join([*top, _toolbar(rejects), nothing, wall])
+    return html.page(title, body, style=_STYLE + style, script=_SCRIPT)
 
 
 def _card(item: GalleryItem) -> Markup:
