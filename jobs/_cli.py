@@ -126,17 +126,30 @@ def ray_session(*, trains: bool = False) -> Iterator[None]:
             controller lives, and removes the workers when that is another cluster's, which does
             not know it. So a session that trains has a dashboard of its own.
     """
-    quiet = {"log_to_driver": True, "logging_level": logging.WARNING}
+    quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if in_ray_job() or os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", **quiet)
     else:
         # Logical CPUs: beside the engine, light tasks read, decode and write.
-        ray.init("local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=trains, **quiet)
+        start_ray(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=trains, **quiet)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def start_ray(*, num_cpus: int, include_dashboard: bool = False, **settings: Any) -> None:
+    """Start Ray on this machine alone."""
+    # Ray ends idle workers after a second as soon as it has more of them than CPUs, actors
+    # counted. On a small machine that is always: each task would import Ray and pandas anew.
+    ray.init(
+        "local",
+        num_cpus=num_cpus,
+        include_dashboard=include_dashboard,
+        _system_config={"idle_worker_killing_time_threshold_ms": 60_000},
+        **settings,
+    )
 
 
 def summary(manifest: Manifest) -> str:

@@ -4,7 +4,8 @@
 from contextlib import ExitStack
 from dataclasses import replace
 
-from sg4v_ray.captions import bulk, collect
+from sg4v_ray.batch import stage
+from sg4v_ray.captions import bulk, collect, score
 from sg4v_ray.core.artifact import Manifest
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset import build
@@ -17,6 +18,7 @@ from sg4v_ray.recipes.line import (
     EvaluateStep,
     IndexStep,
     QuestionsStep,
+    ScoreStep,
     TrainStep,
 )
 from sg4v_ray.sources import index
@@ -66,15 +68,28 @@ def caption_images(step: CaptionStep, where: Where) -> Manifest:
     """Caption the images of a step; the embedded captioner is copied below the root first."""
     if step.captioner == embedded.CAPTIONER:
         embedded.install_captioner(where.storage)
-    return bulk.run(
+    return stage.write_rows(_captioning(step, where), flow=step.flow, where=where)
+
+
+def retry_rejects(step: CaptionStep, reasons: tuple[str, ...], where: Where) -> Manifest:
+    """Caption again what was rejected; no reason means every one."""
+    return stage.retry_rejects(_captioning(step, where), reasons, flow=step.flow, where=where)
+
+
+def _captioning(step: CaptionStep, where: Where) -> stage.Stage:
+    return bulk.stage_of(
         step.config,
         engine=step.engine,
         images=step.images,
         captioner=step.captioner,
         out=step.out,
         where=where,
-        flow=step.flow,
     )
+
+
+def score_captions(step: ScoreStep, where: Where) -> Manifest:
+    """Score the captions of a step."""
+    return score.run(step.config, captions=step.captions, out=step.out, flow=step.flow, where=where)
 
 
 def evaluate(step: EvaluateStep, where: Where) -> Manifest:

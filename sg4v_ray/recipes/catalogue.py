@@ -4,13 +4,19 @@
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from sg4v_ray.recipes import easy_vqa
-from sg4v_ray.recipes.folder import folder
+from sg4v_ray.recipes import easy_vqa, sources
 from sg4v_ray.recipes.line import Line
 
 RECIPES: Final[Mapping[str, Callable[[], Line]]] = {
     "demo": easy_vqa.demo,
-    "folder": folder,
+    "folder": sources.folder,
+    "glob": sources.glob,
+    "tars": sources.tars,
+    "parquet": sources.parquet,
+    "hf-dataset": sources.hf_dataset,
+    "llava-json": sources.llava_json,
+    "urls": sources.urls,
+    "paper-images": sources.paper_images,
     "easy-vqa": easy_vqa.easy_vqa,
     "easy-vqa-one-word": easy_vqa.easy_vqa_one_word,
     "easy-vqa-no-pretraining": easy_vqa.easy_vqa_no_pretraining,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sg4v_ray.batch.plan import Flow
 from sg4v_ray.captions.bulk import BulkConfig
 from sg4v_ray.captions.collect import CollectConfig
+from sg4v_ray.captions.score import ScoreConfig
 from sg4v_ray.captions.teacher import Endpoint
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.dataset.build import BuildConfig
@@ -79,6 +80,16 @@ class CaptionStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreStep:
+    """Score captions by how well they fit their images."""
+
+    config: ScoreConfig
+    captions: Ref
+    out: Ref
+    flow: Flow = Flow()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateStep:
     """Ask a model all questions of a set and score the answers."""
 
@@ -106,6 +117,8 @@ class Line:
     align: TrainStep | None = None
     captioner: TrainStep | None = None
     caption: CaptionStep | None = None
+    score: ScoreStep | None = None
+    """Not part of `run_all`: it needs CLIP weights, which no recipe brings."""
     pretrain: TrainStep | None = None
     finetune: TrainStep | None = None
     evaluate: EvaluateStep | None = None

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bench: how close captioning comes to the bare engine, and what the machinery around it can do.
+
+python -m jobs.bench_captions [--case engine|control-plane|scaling|all] [flags]
+
+Prints a JSON line a measurement, a table, and last the ratios. Nothing is compared with another
+machine or another day: each ratio is of runs side by side.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import tyro
+
+from jobs import _bench_parts as parts
+from jobs import _bench_site as site
+from jobs._cli import main
+from sg4v_ray.batch.watch import STATUS
+from sg4v_ray.core.errors import Sg4vError
+from sg4v_ray.core.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """What is measured, and how much of it."""
+
+    case: Literal["engine", "control-plane", "scaling", "all"] = "all"
+    root: str = str(Path("runs/bench").absolute())
+    """Folder for images, model and results; what an earlier bench left there is deleted."""
+    threads: int = 2
+    """CPU threads of the engine, the same in every case."""
+    images: int = 200
+    """Photographs of the engine case."""
+    pairs: int = 3
+    """Alternating pairs of bare engine and whole job."""
+    published_images: int = 48
+    """Photographs for the published settings, which are slow."""
+    rows: int = 1_200_000
+    """Rows of the control-plane case."""
+    actors: int = 64
+    """Actors of the scaling case; it is compared with one."""
+    part: Literal["none", "bare", "job", "published", "rows", "actors"] = "none"
+    """One measurement in a process of its own; set by the bench itself."""
+    out: str = "captions"
+    """Name of the artifact that a part writes; set by the bench itself."""
+
+
+_SCALING_SECONDS: Final = 90
+"""How long the scaling case keeps its actors busy."""
+_CASES: Final = ("engine", "control-plane", "scaling")
+
+
+def argv_of(bench: Bench, part: str, **changed: Any) -> list[str]:
+    """Return the command that runs one part."""
+    settings = {**asdict(bench), **changed, "part": part}
+    flags = [f"--{field.name.replace('_', '-')}={settings[field.name]}" for field in fields(Bench)]
+    return [sys.executable, "-m", "jobs.bench_captions", *flags]
+
+
+def measure(bench: Bench, part: str, **changed: Any) -> dict[str, Any]:
+    """Run one part in a process of its own and return what its last line says."""
+    argv = argv_of(bench, part, **changed)
+    environment = os.environ | {"OMP_NUM_THREADS": str(bench.threads)}
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    if done.returncode:
+        raise Sg4vError(f"the part {part!r} ended with exit code {done.returncode}; see above")
+    line = done.stdout.strip().splitlines()[-1]
+    print(line, flush=True)
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def engine_case(bench: Bench) -> dict[str, float]:
+    """Compare the whole job with the bare engine, and with the published settings."""
+    site.make_photos(Path(bench.root, "photos"), bench.images)
+    parts.prepare_engine_case(bench.root, bench.images)
+    pairs = [
+        (measure(bench, "bare")["images_per_s"], measure(bench, "job")["images_per_s"])
+        for _ in range(bench.pairs)
+    ]
+    published = measure(bench, "published")["images_per_s"]
+    job = statistics.median(job for _, job in pairs)
+    return {
+        "job_over_bare": round(statistics.median(job / bare for bare, job in pairs), 3),
+        "job_over_published": round(job / published, 2),
+    }
+
+
+def control_plane_case(bench: Bench) -> dict[str, float]:
+    """Send rows through everything but a model; then kill a second run at half and start again."""
+    parts.prepare_rows(bench.root, bench.rows)
+    found = measure(bench, "rows", out="rows")
+    return {
+        "control_plane_rows_per_s": found["rows_per_s"],
+        "restart_s": restart_s(bench),
+    }
+
+
+def restart_s(bench: Bench) -> float:
+    """Kill a run at half of its rows; return how long the next one takes to its first new row."""
+    home = Storage(bench.root).sub("rows-killed/v1")
+    argv = argv_of(bench, "rows", out="rows-killed")
+    first = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    _wait_for_rows(first, home, bench.rows // 2)
+    first.kill()
+    first.wait()
+    done = _done(home)
+    started_s = time.monotonic()
+    second = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    _wait_for_rows(second, home, done + 1)
+    seconds = round(time.monotonic() - started_s, 1)
+    second.kill()
+    second.wait()
+    print(json.dumps({"part": "restart", "at_rows": done, "seconds": seconds}), flush=True)
+    return seconds
+
+
+def _done(home: Storage) -> int:
+    return int(json.loads(home.get(STATUS))["done"]) if home.exists(STATUS) else 0
+
+
+def _wait_for_rows(job: "subprocess.Popen[bytes]", home: Storage, rows: int) -> None:
+    while _done(home) < rows:
+        if job.poll() is not None:
+            raise Sg4vError("the job ended before it was killed; its error is above")
+        time.sleep(0.5)
+
+
+def scaling_case(bench: Bench) -> dict[str, float]:
+    """Compare many actors with one, each as slow as a set latency."""
+    parts.prepare_rows(bench.root, _SCALING_SECONDS * 5)
+    one = measure(bench, "actors", actors=1)["images_per_s"]
+    parts.prepare_rows(bench.root, _SCALING_SECONDS * 5 * bench.actors)
+    many = measure(bench, "actors")["images_per_s"]
+    return {f"scaling_{bench.actors}_over_1": round(many / (bench.actors * one), 3)}
+
+
+def run() -> None:
+    """Run the cases that the flags of this process name."""
+    bench = tyro.cli(Bench, description=__doc__)
+    if bench.part != "none":
+        return getattr(parts, bench.part)(bench)
+    shutil.rmtree(bench.root, ignore_errors=True)
+    print(json.dumps({"machine": parts.machine(bench.threads)}), flush=True)
+    runs = {
+        "engine": engine_case,
+        "control-plane": control_plane_case,
+        "scaling": scaling_case,
+    }
+    wanted = _CASES if bench.case == "all" else (bench.case,)
+    ratios: dict[str, Any] = {}
+    for case in wanted:
+        ratios |= runs[case](bench)
+    print(site.table([{"figure": key, "value": value} for key, value in ratios.items()]))
+    print(json.dumps({"case": "ratios", **ratios, "ran": list(wanted)}), flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main(run)
