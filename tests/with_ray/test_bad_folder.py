@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from jobs import _steps
+from sg4v_ray.captions.quality import QualityConfig
 from sg4v_ray.core.artifact import Ref, begin, commit, find
 from sg4v_ray.core.errors import TooManyRejects
 from sg4v_ray.core.lease import hold
@@ -88,7 +89,11 @@ def step(folder: Path, tmp_path: Path, tiny_model: Path) -> tuple[CaptionStep, W
     caption = line.caption
     assert caption is not None
     engine = EngineConfig(kind="fake", max_model_len=512)
-    config = replace(caption.config, budget=RejectBudget(max_reject_rate=0.5))
+    config = replace(
+        caption.config,
+        budget=RejectBudget(max_reject_rate=0.5),
+        quality=QualityConfig(min_words=1),  # the fake engine writes one long word now and then
+    )
     return replace(caption, engine=engine, captioner=captioner, config=config), where
 
 

@@ -1,165 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every id of the index exactly once in the output, whatever was killed on the way.
 
-The drivers are real processes, each with a Ray of its own, and are killed with SIGKILL.
+The drivers are real processes, each with a Ray of its own or on a cluster of several nodes, and
+everything is killed with SIGKILL.
 """
 
 import os
 import random
 import signal
-import subprocess
-import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from ray.cluster_utils import Cluster
 
 from sg4v_ray.batch.plan import verify
-from sg4v_ray.core.artifact import Ref, begin, commit, find, is_finished
+from sg4v_ray.core.artifact import is_finished
 from sg4v_ray.core.errors import ArtifactCorrupt
-from sg4v_ray.core.lease import hold
-from sg4v_ray.core.records import ImageRow
-from sg4v_ray.core.rows import ROWS, put_rows, read_columns
-from sg4v_ray.core.storage import Storage
-from sg4v_ray.recipes.easy_vqa import CAPTIONS, TEST_IMAGES
-from sg4v_ray.sources import shapes
-
-pytestmark = pytest.mark.timeout(1500)
-
-NUM_IMAGES = 300
-ROWS_PER_BLOCK = 20
-CAPTIONER = Ref(name="fake-captioner")
-FLAGS = (
-    "demo",
-    f"--captioner.name={CAPTIONER.name}",
-    "--engine.kind=fake",
-    "--engine.latency-s=0.02",  # a caption takes about a second: time to be killed
-    "--engine.capacity=16",
-    "--engine.max-model-len=512",
-    f"--flow.rows-per-block={ROWS_PER_BLOCK}",
-    "--flow.batch-size=8",
-    "--where.no-progress",
+from sg4v_ray.recipes.easy_vqa import CAPTIONS
+from tests.with_ray.caption_site import (
+    KILLED_AT_COMMIT,
+    kill,
+    make_site,
+    processes,
 )
-KILLED_AT_COMMIT = (
-    "import os, signal, sys\n"
-    "import jobs.caption_images as job\n"
-    "from sg4v_ray.batch import stage\n"
-    "stage.commit = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n"
-    "job.run()\n"
-)
+
+pytestmark = pytest.mark.timeout(2400)
+
+TITLES = {"engine": "MapBatches(Generate)", "decode": "MapBatches(prepare)", "write": "ray::Write"}
+KINDS = ("decode", "driver", "node", "engine", "write")
+
+
+class Nodes:
+    """A cluster of a head that runs drivers only, and two nodes that come and go."""
+
+    def __init__(self) -> None:
+        quiet = {"include_dashboard": False}
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **quiet})
+        self._nodes = [self._cluster.add_node(num_cpus=2) for _ in range(2)]
+        self.address = self._cluster.address
+
+    def kill_one(self, rng: random.Random) -> None:
+        """Kill a node with all its processes, and bring another."""
+        node = self._nodes.pop(rng.randrange(len(self._nodes)))
+        self._cluster.remove_node(node, allow_graceful=False)
+        self._nodes.append(self._cluster.add_node(num_cpus=2))
+
+    def stop(self) -> None:
+        """End all processes."""
+        self._cluster.shutdown()
 
 
 @pytest.fixture
-def storage(tmp_path: Path, tiny_model: Path) -> Storage:
-    """A root with an index of drawn images and a captioner for the fake engine."""
-    storage = Storage(str(tmp_path / "runs"))
-    picture = tmp_path / "picture.png"
-    shapes.draw(1).save(picture)
-    rows = [
-        ImageRow(id=f"i{n:04d}", source="drawn", uri=str(picture), size_bytes=1)
-        for n in range(NUM_IMAGES)
-    ]
-    put_rows(storage.sub(TEST_IMAGES.path), f"{ROWS}/part-0.parquet", ImageRow, rows)
-    finish(storage, TEST_IMAGES, attempts=(ROWS,))
-    digests = storage.upload(tiny_model, f"{CAPTIONER.path}/model")
-    finish(storage, CAPTIONER, digests=digests)
-    return storage
+def nodes() -> Iterator[Nodes]:
+    started = Nodes()
+    yield started
+    started.stop()
 
 
-def finish(storage: Storage, ref: Ref, **fields: object) -> None:
-    with hold(begin(storage, ref, {})) as lease:
-        commit(storage, ref, config={}, inputs={}, counts={}, lease=lease, **fields)
+def kill_workers(title: str) -> None:
+    """Kill the cluster's processes that do a thing, as soon as there is one."""
+    pause, deadline = threading.Event(), time.monotonic() + 120
+    while not (found := list(processes(title, os.getpid()))):
+        assert time.monotonic() < deadline, f"no {title} came in 120 s"
+        pause.wait(0.01)
+    kill(found)
 
 
-def drive(storage: Storage, *command: str) -> subprocess.Popen[bytes]:
-    """Start the captioning job as its users do."""
-    argv = [sys.executable, *command, *FLAGS, f"--where.root={storage.root}"]
-    return subprocess.Popen(argv, cwd=Path(__file__).parents[2])
-
-
-def captioned(storage: Storage) -> list[str]:
-    return read_columns(storage.sub(f"{CAPTIONS.path}/{ROWS}"), ["id"])["id"].to_pylist()
-
-
-def committed(storage: Storage) -> int:
-    """Count the rows whose block is finished: files of rows may be half written, notes are not."""
-    notes = storage.sub(f"{CAPTIONS.path}/checkpoint").list()
-    return ROWS_PER_BLOCK * sum(1 for path in notes if not path.endswith(".pending.parquet"))
-
-
-def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert driver.poll() is None, "the driver ended before it was killed"
-        assert time.monotonic() < deadline, "nothing happened for four minutes"
-        time.sleep(0.05)
-
-
-def check_exactly_once(storage: Storage) -> None:
-    counts = Counter(captioned(storage))
-    assert len(counts) == NUM_IMAGES
-    assert set(counts.values()) == {1}
-    assert find(storage, CAPTIONS).counts["rows"] == NUM_IMAGES
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.soak)])
-def test_killed_drivers_and_one_killed_at_the_manifest_lose_and_double_nothing(
-    storage: Storage, kills: int
+@pytest.mark.parametrize(
+    ("kills", "num_images"), [(5, 400), pytest.param(30, 2000, marks=pytest.mark.soak)]
+)
+def test_kills_of_anything_and_one_at_the_manifest_lose_and_double_nothing(
+    tmp_path: Path, tiny_model: Path, nodes: Nodes, kills: int, num_images: int
 ) -> None:
+    root = str(tmp_path / "runs")
+    site = make_site(root, tmp_path, tiny_model, num_images, RAY_ADDRESS=nodes.address)
     rng = random.Random(4)
-    done = 0
-    for _ in range(kills):
-        target = done + rng.randint(10, 60)
-        driver = drive(storage, "-m", "jobs.caption_images")
-        wait_until(lambda goal=target: committed(storage) >= goal, driver)
-        driver.kill()
-        driver.wait()
-        assert not is_finished(storage, CAPTIONS, config={})
-        done = committed(storage)
-    last = drive(storage, "-c", KILLED_AT_COMMIT)
-    assert last.wait(timeout=400) == -signal.SIGKILL
-    assert not is_finished(storage, CAPTIONS, config={})
-    assert drive(storage, "-m", "jobs.caption_images").wait(timeout=400) == 0
-    check_exactly_once(storage)
+    driver = site.drive()
+    for kind in rng.sample(list(islice(cycle(KINDS), kills)), kills):
+        target = site.committed() + rng.randint(10, 40)
+        driver.until(lambda goal=target: site.committed() >= goal)
+        if kind in ("driver", "decode"):
+            driver.kill()
+            assert not is_finished(site.storage, CAPTIONS, config={})
+            driver = site.drive()
+            if kind == "decode":  # soon done, so at once
+                kill_workers(TITLES[kind])
+        elif kind == "node":
+            nodes.kill_one(rng)
+        else:
+            kill_workers(TITLES[kind])
+    driver.kill()
+    assert site.drive(*KILLED_AT_COMMIT).wait() == -signal.SIGKILL
+    assert not is_finished(site.storage, CAPTIONS, config={})
+    site.drive().succeed()
+    site.check_exactly_once()
 
 
-def engine_processes(driver: int) -> Iterator[int]:
-    """Yield the processes of engine actors that a driver's Ray started."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and "Generate" in command_line(int(entry.name)):
-            ancestor = int(entry.name)
-            while ancestor > 1 and ancestor != driver:
-                ancestor = parent(ancestor)
-            if ancestor == driver:
-                yield int(entry.name)
+def test_of_two_jobs_on_one_artifact_from_two_clusters_one_goes_on(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 200)
+    first = site.drive(flags=("--engine.latency-s=0.08",))
+    first.until(lambda: site.committed() > 0)
+    second = site.drive()
+    assert second.wait() == 1
+    assert "LeaseHeld: another job is writing" in second.errors
+    first.succeed()
+    site.check_exactly_once()
 
 
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def test_a_killed_engine_actor_loses_and_doubles_nothing(storage: Storage) -> None:
-    driver = drive(storage, "-m", "jobs.caption_images")
-    wait_until(lambda: committed(storage) >= 40, driver)
-    engines = list(engine_processes(driver.pid))
-    assert engines, "no engine actor was found to kill"
-    for pid in engines:
-        os.kill(pid, signal.SIGKILL)
-    assert driver.wait(timeout=400) == 0
-    check_exactly_once(storage)
+def test_a_job_that_was_overtaken_stops_and_commits_nothing(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 2000)
+    driver = site.drive()
+    driver.until(lambda: site.committed() > 0)
+    # What a job on another machine does after this one was silent for the lease's time.
+    assert site.storage.create(f"{CAPTIONS.path}/lease/000002.json", b"{}")
+    assert driver.wait() == 1
+    assert "LeaseLost: writer 2 took over" in driver.errors
+    assert not is_finished(site.storage, CAPTIONS, config={})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A captioning job to be killed: drawn images, a fake engine, drivers as real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sg4v_ray.core.artifact import Ref, begin, commit, find
+from sg4v_ray.core.lease import hold
+from sg4v_ray.core.records import ImageRow
+from sg4v_ray.core.rows import ROWS, put_rows, read_columns
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.recipes.easy_vqa import CAPTIONS, TEST_IMAGES
+from sg4v_ray.sources import shapes
+
+CAPTIONER = Ref(name="fake-captioner")
+ROWS_PER_BLOCK = 20
+FLAGS = (
+    "demo",
+    f"--captioner.name={CAPTIONER.name}",
+    "--engine.kind=fake",
+    "--engine.latency-s=0.02",  # a caption takes about a second: time to be killed
+    "--engine.capacity=16",
+    "--engine.max-model-len=512",
+    f"--flow.rows-per-block={ROWS_PER_BLOCK}",
+    "--flow.batch-size=8",
+    "--config.quality.min-words=1",
+    "--where.no-progress",
+)
+CAPTION = ("-m", "jobs.caption_images")
+KILLED_AT_COMMIT = (
+    "-c",
+    "import os, signal, sys\n"
+    "import jobs.caption_images as job\n"
+    "from sg4v_ray.batch import stage\n"
+    "stage.commit = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n"
+    "job.run()\n",
+)
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Driver:
+    """A job as a process of its own; what it writes to stderr goes to a file."""
+
+    def __init__(self, argv: list[str], log: Path, environment: dict[str, str]) -> None:
+        self._log = log
+        with log.open("w") as stderr:
+            self._process = subprocess.Popen(
+                argv, cwd=REPOSITORY, env=os.environ | environment, stderr=stderr
+            )
+
+    @property
+    def errors(self) -> str:
+        """What it wrote so far."""
+        return self._log.read_text()
+
+    def wait(self) -> int:
+        """Wait for its end and return its exit code."""
+        return self._process.wait(timeout=400)
+
+    def kill(self) -> None:
+        """End it as the kernel does when memory is short."""
+        self._process.kill()
+        self._process.wait()
+
+    def succeed(self) -> None:
+        """Wait for its end; it must have succeeded."""
+        assert self.wait() == 0, self.errors[-3000:]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that it brings about while it lives."""
+        deadline = time.monotonic() + 240
+        pause = threading.Event()
+        while not condition():
+            assert self._process.poll() is None, f"it ended early: {self.errors[-3000:]}"
+            assert time.monotonic() < deadline, f"nothing in 240 s: {self.errors[-3000:]}"
+            pause.wait(0.05)
+
+    def below(self, title: str) -> list[int]:
+        """Return the processes below it whose command line contains a title."""
+        return list(processes(title, self._process.pid))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A root with an index and a captioner, and what its drivers are told."""
+
+    storage: Storage
+    num_images: int
+    logs: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def drive(self, *command: str, flags: tuple[str, ...] = ()) -> Driver:
+        """Start the captioning job as its users do."""
+        root = f"--where.root={self.storage.root}"
+        argv = [sys.executable, *(command or CAPTION), *FLAGS, root, *flags]
+        return Driver(argv, self.logs / f"{time.monotonic_ns()}.log", self.environment)
+
+    def captioned(self) -> list[str]:
+        """Return the ids of all rows that were written."""
+        rows = self.storage.sub(f"{CAPTIONS.path}/{ROWS}")
+        return list(read_columns(rows, ["id"])["id"].to_pylist())
+
+    def committed(self) -> int:
+        """Count the rows of finished blocks: files of rows may be half written, notes are not."""
+        notes = self.storage.sub(f"{CAPTIONS.path}/checkpoint-0001").list()
+        return ROWS_PER_BLOCK * sum(1 for path in notes if not path.endswith(".pending.parquet"))
+
+    def check_exactly_once(self) -> None:
+        """Assert that every id of the index is in the output once, and the manifest says so."""
+        counts = Counter(self.captioned())
+        assert len(counts) == self.num_images
+        assert set(counts.values()) == {1}
+        assert find(self.storage, CAPTIONS).counts["rows"] == self.num_images
+
+
+def make_site(root: str, pictures: Path, model: Path, num_images: int, **environment: str) -> Site:
+    """Write an index over one drawn picture and a captioner for the fake engine."""
+    storage = Storage(root)
+    picture = pictures / "picture.png"
+    shapes.draw(1).save(picture)
+    rows = [
+        ImageRow(id=f"i{n:04d}", source="drawn", uri=str(picture), size_bytes=1)
+        for n in range(num_images)
+    ]
+    write_index(storage, rows)
+    finish(storage, CAPTIONER, digests=storage.upload(model, f"{CAPTIONER.path}/model"))
+    return Site(storage, num_images, pictures, environment)
+
+
+def write_index(storage: Storage, rows: list[ImageRow]) -> None:
+    """Write some rows as the demo's index."""
+    put_rows(storage.sub(TEST_IMAGES.path), f"{ROWS}/part-0.parquet", ImageRow, rows)
+    finish(storage, TEST_IMAGES, attempts=(ROWS,))
+
+
+def finish(storage: Storage, ref: Ref, **fields: object) -> None:
+    """Commit an artifact whose files are there."""
+    with hold(begin(storage, ref, {})) as lease:
+        commit(storage, ref, config={}, inputs={}, counts={}, lease=lease, **fields)  # type: ignore[arg-type]
+
+
+def processes(title: str, below: int) -> Iterator[int]:
+    """Yield the processes below a process whose command line contains a title."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and title in _command_line(int(entry.name)):
+            ancestor = int(entry.name)
+            while ancestor > 1 and ancestor != below:
+                ancestor = _parent(ancestor)
+            if ancestor == below:
+                yield int(entry.name)
+
+
+def kill(pids: list[int]) -> None:
+    """Kill processes as the kernel does when memory is short."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

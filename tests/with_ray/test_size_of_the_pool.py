@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A deadline sizes the pool by measured speed, and a money cap ends a job that can go on."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs import _steps
+from sg4v_ray.batch.plan import Flow
+from sg4v_ray.batch.watch import STATUS, curves
+from sg4v_ray.captions.quality import QualityConfig
+from sg4v_ray.core.artifact import is_finished
+from sg4v_ray.core.errors import MoneySpent
+from sg4v_ray.core.where import Where
+from sg4v_ray.inference.open import EngineConfig
+from sg4v_ray.recipes.catalogue import RECIPES
+from sg4v_ray.recipes.line import CaptionStep
+from tests.with_ray.caption_site import CAPTIONER, Site, make_site
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture
+def site(tmp_path: Path, tiny_model: Path) -> Site:
+    return make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 400)
+
+
+def captioning() -> CaptionStep:
+    """Captioning at 10 images a second and actor: 8 rows at once, about 40 steps of 20 ms each."""
+    step = RECIPES["demo"]().caption
+    assert step is not None
+    engine = EngineConfig(kind="fake", max_model_len=512, capacity=8, latency_s=0.02)
+    flow = Flow(rows_per_block=16, batch_size=8, batches_in_flight=2)
+    config = replace(step.config, quality=QualityConfig(min_words=1))
+    return replace(step, config=config, engine=engine, captioner=CAPTIONER, flow=flow)
+
+
+def where(site: Site, **changes: object) -> Where:
+    fields = {"root": site.storage.root, "engine_cpus": 0.5, "progress": False, **changes}
+    return Where(**fields)  # type: ignore[arg-type]
+
+
+def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = captioning()
+    with caplog.at_level("INFO", logger="sg4v_ray"):
+        _steps.caption_images(step, where(site, max_actors=4, finish_by="25s"))
+    site.check_exactly_once()
+    assert "rows/s an actor: " in caplog.text
+    (curve,) = curves(site.storage.sub(step.out.path))
+    actors = [point["actors"] for point in curve]
+    assert actors[0] <= 1 < max(actors) <= 4
+
+
+def test_a_deadline_that_cannot_be_made_is_said(
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 120)
+    _steps.caption_images(captioning(), where(site, max_actors=1, finish_by="2s"))
+    assert "finish_by 2s cannot be made: it needs" in caplog.text
+    assert "Raise --where.max-actors" in caplog.text
+    site.check_exactly_once()
+
+
+def test_money_ends_a_job_before_it_is_spent_and_more_money_goes_on(site: Site) -> None:
+    step = captioning()
+    priced = {"engine_gpus": 0.5, "gpu_hour_usd": 1.0}
+    with pytest.raises(MoneySpent, match=r"stopped at \$.* run again with more"):
+        _steps.caption_images(step, where(site, max_usd=0.0045, **priced))
+    assert not is_finished(site.storage, step.out, config={})
+    status = json.loads(site.storage.get(f"{step.out.path}/{STATUS}"))
+    assert status["state"] == "stopped"
+    assert 0 < status["usd_so_far"] <= 0.0045 < status["usd_expected"]
+    kept = site.committed()
+    assert kept > 0
+    _steps.caption_images(step, where(site, max_usd=1.0, **priced))
+    site.check_exactly_once()
+    assert json.loads(site.storage.get(f"{step.out.path}/{STATUS}"))["state"] == "finished"
