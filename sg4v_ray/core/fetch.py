@@ -101,7 +101,13 @@ class Fetcher:
         except (TimeoutError, httpcore.TimeoutException):
             detail = f"no whole answer within {self._config.timeout_s:g} s from {url}"
             return Rejected(Reject.TIMED_OUT, detail)
-        except (_Busy, httpcore.NetworkError, httpcore.ProtocolError, socket.gaierror) as error:
+        except (
+            _Busy,
+            httpcore.NetworkError,
+            httpcore.ProtocolError,
+            socket.gaierror,
+            UnicodeError,  # a host that no name server can be asked for, as a..example.org
+        ) as error:
             return Rejected(Reject.HTTP_ERROR, f"{error or type(error).__name__} from {url}")
 
     async def close(self) -> None:

@@ -6,23 +6,37 @@ raises, after the store's own retries, so that a job ends and can be run again.
 """
 
 import asyncio
+import errno
 import functools
 import io
 import os
 import stat
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
 from obstore.exceptions import NotFoundError, PermissionDeniedError
+from obstore.store import from_url
 
+from sg4v_ray.core.errors import ContractError
 from sg4v_ray.core.fetch import Fetcher
 from sg4v_ray.core.images import ImageLimits, Rejected
 from sg4v_ray.core.location import Cell, Span, Whole, parse
 from sg4v_ray.core.rejects import Reject
-from sg4v_ray.core.storage import Storage, is_local, local_path
+from sg4v_ray.core.storage import is_local, local_path
+
+_THIS_FILE: Final = {
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ENXIO,
+    errno.EIO,
+}
+"""What the system says when one file cannot be read and others can."""
 
 
 def is_http(uri: str) -> bool:
@@ -32,7 +46,10 @@ def is_http(uri: str) -> bool:
 
 def is_remote(text: str) -> bool:
     """Say whether reading a location waits for a network, so that many should be read at once."""
-    return not is_local(parse(text).uri)
+    try:
+        return not is_local(parse(text).uri)
+    except ContractError:
+        return False
 
 
 async def read_all(
@@ -60,7 +77,12 @@ def read(text: str, *, limits: ImageLimits) -> bytes | Rejected:
     Raises:
         OSError, obstore errors: the storage itself fails, after obstore's own retries.
     """
-    place = parse(text)
+    if not text:
+        return Rejected(Reject.MISSING, "the index has no URI for this image")
+    try:
+        place = parse(text)
+    except ContractError as error:
+        return Rejected(Reject.NOT_READABLE, str(error))
     if is_http(place.uri):
         return Rejected(Reject.HOST_NOT_ALLOWED, f"HTTP is not read here: {text}")
     try:
@@ -75,6 +97,12 @@ def read(text: str, *, limits: ImageLimits) -> bytes | Rejected:
         return Rejected(Reject.MISSING, f"there is no {place.uri}")
     except (PermissionDeniedError, PermissionError):
         return Rejected(Reject.NOT_READABLE, f"no permission to read {place.uri}")
+    except ValueError as error:  # of the store: no name of a bucket or object
+        return Rejected(Reject.NOT_READABLE, f"{place.uri}: {error}")
+    except OSError as error:
+        if error.errno not in _THIS_FILE:
+            raise
+        return Rejected(Reject.NOT_READABLE, f"{place.uri}: {error.strerror}")
 
 
 def _too_big(size: int, limits: ImageLimits) -> Rejected | None:
@@ -93,8 +121,7 @@ def _whole(uri: str, limits: ImageLimits) -> bytes | Rejected:
             return refused
         with open(path, "rb") as file:
             return file.read()
-    folder, _, name = uri.rpartition("/")
-    remote = obstore.get(_store(folder), name)
+    remote = obstore.get(*_object(uri))
     return _too_big(remote.meta["size"], limits) or bytes(remote.bytes())
 
 
@@ -102,14 +129,12 @@ def _span(place: Span, limits: ImageLimits) -> bytes | Rejected:
     if (refused := _too_big(place.length, limits)) is not None:
         return refused
     if is_local(place.uri):
-        with local_path(place.uri).open("rb") as file:
+        with open_file(place.uri) as file:
             file.seek(place.offset)
             data = file.read(place.length)
     else:
-        folder, _, name = place.uri.rpartition("/")
-        data = bytes(
-            obstore.get_range(_store(folder), name, start=place.offset, length=place.length)
-        )
+        store, name = _object(place.uri)
+        data = bytes(obstore.get_range(store, name, start=place.offset, length=place.length))
     if len(data) < place.length:
         detail = f"the archive ends {place.length - len(data)} bytes inside this image"
         return Rejected(Reject.TRUNCATED, detail)
@@ -119,25 +144,35 @@ def _span(place: Span, limits: ImageLimits) -> bytes | Rejected:
 def _cell(place: Cell, limits: ImageLimits) -> bytes | Rejected:
     try:
         value = _column(place.kind, place.uri, place.group, place.column)[place.row]
-    except pa.ArrowException as error:
-        return Rejected(Reject.CORRUPT, f"{place.uri}: {error}")
+    except (pa.ArrowException, IndexError, KeyError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's; Arrow's own have no number
+        return Rejected(Reject.CORRUPT, f"{place.uri} is not as it was indexed: {error}")
     if not value.is_valid:
         return Rejected(Reject.EMPTY_FILE, f"row {place.row} of {place.column!r} is null")
     return _too_big(value.as_buffer().size, limits) or value.as_py()
 
 
+def _object(uri: str) -> tuple[Any, str]:
+    """Return the bucket of a remote URI and the name inside it, letter by letter as written."""
+    scheme, _, rest = uri.partition("://")
+    bucket, _, name = rest.partition("/")
+    if not name:
+        raise FileNotFoundError(errno.ENOENT, "no object's name", uri)
+    return _bucket(f"{scheme}://{bucket}"), name
+
+
 @functools.lru_cache(maxsize=64)
-def _store(folder: str) -> object:
+def _bucket(uri: str) -> Any:
     """Keep the clients of the buckets in use: making one costs a TLS session."""
-    return Storage(folder).open()
+    return from_url(uri)
 
 
 class _Remote(io.RawIOBase):
     """An object of a bucket as a Python file."""
 
     def __init__(self, uri: str) -> None:
-        folder, _, name = uri.rpartition("/")
-        self._reader: Any = obstore.open_reader(_store(folder), name)
+        self._reader: Any = obstore.open_reader(*_object(uri))
 
     def readable(self) -> bool:
         return True
@@ -158,11 +193,13 @@ def open_file(uri: str) -> BinaryIO:
     """Open a local or remote file for reading at any place.
 
     Raises:
-        FileNotFoundError: it is local and does not exist.
-        NotFoundError: it is remote and does not exist.
+        FileNotFoundError: there is no such file; a folder, a pipe or a device is none.
     """
     if is_local(uri):
-        return local_path(uri).open("rb")
+        path = local_path(uri)
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "no file", str(path))
+        return path.open("rb")
     return io.BufferedReader(_Remote(uri), buffer_size=2**20)
 
 

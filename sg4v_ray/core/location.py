@@ -10,11 +10,15 @@ An index of archives stays metadata: no image is copied, and one is read without
 names being trusted or anything being unpacked.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 from urllib.parse import quote, unquote
 
 from sg4v_ray.core.errors import ContractError
+
+_CONTAINERS: Final = ("tar:", "parquet:", "arrow:")
+_PLACE: Final = re.compile(r"(?:/|file:///|(?:https?|s3|gs|az|abfss?)://[^/])[^\0-\x1f\x7f]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +64,46 @@ def parse(text: str) -> Location:
     """Read what `str()` of a location wrote.
 
     Raises:
-        ContractError: it begins like a piece of a container and is not one.
+        ContractError: it is no absolute path or URI of a kind that is read, nor a piece of one.
     """
-    kind, colon, rest = text.partition(":")
+    place = _split(text)
+    if not _PLACE.fullmatch(place.uri):
+        raise ContractError(
+            f"{text!r} is no location of an image; write an absolute path or an http(s)://, "
+            "s3://, gs:// or az:// URI, or let index_images make it"
+        )
+    return place
+
+
+def is_container(text: str) -> bool:
+    """Say whether a string names a piece of a container and no whole file.
+
+    Only `index_images` writes such strings; in a list of URLs, which a stranger wrote, they would
+    read any bytes of any file.
+    """
+    return text.startswith(_CONTAINERS)
+
+
+def _split(text: str) -> Location:
+    if not is_container(text):
+        return Whole(text)
+    kind, _, rest = text.partition(":")
     try:
-        if colon and kind == "tar":
+        if kind == "tar":
             offset, length, uri = rest.split(":", 2)
-            return Span(uri, int(offset), int(length))
-        if colon and (kind == "parquet" or kind == "arrow"):
-            group, row, column, uri = rest.split(":", 3)
-            name = unquote(column)
-            return Cell("arrow" if kind == "arrow" else "parquet", uri, int(group), int(row), name)
+            return Span(uri, _count(offset), _count(length))
+        group, row, column, uri = rest.split(":", 3)
+        name = unquote(column)
+        return Cell(
+            "arrow" if kind == "arrow" else "parquet", uri, _count(group), _count(row), name
+        )
     except ValueError:
         raise ContractError(
             f"{text!r} is no location of an image; an index made by index_images has good ones"
         ) from None
-    return Whole(text)
+
+
+def _count(digits: str) -> int:
+    if not (digits.isascii() and digits.isdigit()):
+        raise ValueError(digits)
+    return int(digits)

@@ -52,6 +52,11 @@ def check_root(root: str) -> str:
             f"root {root!r} is relative; write an absolute path such as "
             f"{Path(root).absolute()} or a URI such as s3://bucket/{Path(root).name}"
         )
+    if colon and scheme != "file" and (odd := set(root) & set("%?#")):
+        raise ConfigError(
+            f"root {root!r} has {' '.join(sorted(odd))}; in a bucket's URI these are read in "
+            "several ways, so rename the prefix (a %20 is written as a space)"
+        )
     return root.rstrip("/")
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from sg4v_ray.core.errors import ConfigError, ContractError
 from sg4v_ray.core.image_bytes import open_file
-from sg4v_ray.core.location import Cell
+from sg4v_ray.core.location import Cell, is_container
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.sources import listing
@@ -46,7 +46,8 @@ class ParquetImages:
 
         Raises:
             ConfigError: no file matches, or a column is not there.
-            ContractError: a row group is too large, or a file is no Parquet.
+            ContractError: a row group is too large, a file is no Parquet, or a URI is a piece of a
+            container.
         """
         for found in listing.matching(self.files):
             with open_file(found.uri) as file:
@@ -194,7 +195,10 @@ def _rows(table: pa.Table, group: Cell, source: str, ids: list[str]) -> Iterator
     values = values.field(inner) if inner else values
     if not _is_bytes(values.type):
         for key, uri in zip(ids, values.to_pylist(), strict=True):
-            yield ImageRow(id=key, source=source, uri=uri, size_bytes=0)
+            if is_container(uri or ""):
+                raise ContractError(f"{group.uri}: {uri!r} of row {key!r} is no URI of an image")
+            # None becomes a row that is rejected: a reason, and no hole in the counts.
+            yield ImageRow(id=key, source=source, uri=uri or "", size_bytes=0)
         return
     sizes = pc.binary_length(values).to_pylist()
     for row, (key, size) in enumerate(zip(ids, sizes, strict=True)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sg4v_ray.core.errors import ContractError
 from sg4v_ray.core.image_bytes import open_file
+from sg4v_ray.core.location import is_container
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.sources import listing
@@ -39,7 +40,7 @@ class UrlList:
                 if not line or line.startswith("#"):
                     continue
                 key, _, url = line.rpartition("\t")
-                if "://" not in url and not url.startswith("/"):
+                if is_container(url) or ("://" not in url and not url.startswith("/")):
                     raise ContractError(f"{self.path}, line {number}: no URL or path in {line!r}")
                 key = key or hashlib.sha256(url.encode()).hexdigest()[:20]
                 yield ImageRow(id=key, source=self.name, uri=url, size_bytes=0)

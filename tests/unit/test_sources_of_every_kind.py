@@ -163,6 +163,21 @@ def test_parquet_may_hold_uris(where: Where, tmp_path: Path) -> None:
     assert bytes_of(rows) == {"data/0": b"png"}
 
 
+def test_a_row_without_a_uri_stays_a_row(where: Where, tmp_path: Path) -> None:
+    table = pa.table({"url": pa.array(["/nowhere.png", None], pa.string())})
+    pq.write_table(table, tmp_path / "data.parquet")
+    rows = index(where, ParquetImages(files=f"{tmp_path}/data.parquet", image_column="url"))
+    found = bytes_of(rows)
+    assert list(found) == ["data/0", "data/1"]
+    assert found["data/1"] == Rejected(Reject.MISSING, "the index has no URI for this image")
+
+
+def test_a_table_of_uris_cannot_name_pieces_of_other_files(where: Where, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["tar:0:9:/etc/passwd"]}), tmp_path / "data.parquet")
+    with pytest.raises(ContractError, match="no URI of an image"):
+        index(where, ParquetImages(files=f"{tmp_path}/data.parquet", image_column="url"))
+
+
 def test_a_wrong_column_is_refused_with_the_columns_that_there_are(
     where: Where, tmp_path: Path
 ) -> None:
@@ -271,7 +286,7 @@ def test_a_list_of_urls_has_its_own_ids_or_hashes(where: Where, tmp_path: Path) 
     assert len(rows) == 3
 
 
-@pytest.mark.parametrize("line", [b"no url here", b"\xff\xfe"])
+@pytest.mark.parametrize("line", [b"no url here", b"\xff\xfe", b"tar:0:9:/etc/passwd"])
 def test_a_line_without_a_url_is_refused_by_its_number(
     where: Where, tmp_path: Path, line: bytes
 ) -> None:
