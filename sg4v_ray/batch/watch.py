@@ -26,7 +26,7 @@ from sg4v_ray.batch.tally import Progress, Tally
 from sg4v_ray.core import observe
 from sg4v_ray.core.errors import LeaseLost, MoneySpent, Sg4vError
 from sg4v_ray.core.lease import Lease
-from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.storage import STORAGE_ERRORS, Storage
 from sg4v_ray.core.where import Where, seconds_of
 
 _log = logging.getLogger(__name__)
@@ -129,7 +129,11 @@ class Watch:
     def _look_on(self) -> None:
         pause_s = _TERMINAL_S if sys.stderr.isatty() else _STATUS_S
         while not self._stop.wait(pause_s):
-            self.look()
+            try:
+                self.look()
+            except STORAGE_ERRORS as error:
+                # Nobody reads an old status for truth, and the commit checks the lease again.
+                _log.warning("no new %s in %s: %s", STATUS, self._home.root, error)
 
     def look(self, *, state: str = "running") -> None:
         """Read the tally once; draw, write and decide."""

@@ -7,9 +7,11 @@ Nothing is removed here: a `CaptionFilter` decides that when a dataset is built.
 """
 
 import statistics
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import imagehash
@@ -97,14 +99,14 @@ def _write_index(
     storage: Storage, index: Storage, captions: Ref, evaluation_images: tuple[Ref, ...]
 ) -> None:
     """Write one row a caption and one an evaluation image, as one file: all or nothing."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, _INDEX) as writer:
-        for ref in (captions, *evaluation_images):
-            manifest = find(storage, ref)
-            columns = ["uri", "text", "reject"] if ref == captions else ["uri"]
-            for table in newest_by_file(storage.sub(ref.path), manifest.attempts, columns):
-                writer.write_table(_index_rows(table, ref, is_caption=ref == captions))
-    index.put("part-00000.parquet", sink.getvalue().to_pybytes())
+    with tempfile.TemporaryDirectory() as folder:  # over a gigabyte for 1.2M captions
+        with pq.ParquetWriter(Path(folder) / "part-00000.parquet", _INDEX) as writer:
+            for ref in (captions, *evaluation_images):
+                manifest = find(storage, ref)
+                columns = ["uri", "text", "reject"] if ref == captions else ["uri"]
+                for table in newest_by_file(storage.sub(ref.path), manifest.attempts, columns):
+                    writer.write_table(_index_rows(table, ref, is_caption=ref == captions))
+        index.upload(Path(folder), "")
 
 
 def _index_rows(table: pa.Table, ref: Ref, *, is_caption: bool) -> pa.Table:

@@ -20,10 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from obstore.exceptions import BaseError
-
 from sg4v_ray.core.errors import LeaseHeld, LeaseLost
-from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.storage import STORAGE_ERRORS, Storage
 
 _log = logging.getLogger(__name__)
 _FOLDER = "lease"
@@ -121,7 +119,7 @@ class Lease:
         while not self._stop.wait(self._timing.heartbeat_s):
             try:
                 self._storage.put(self._path, self._body("held"))
-            except (OSError, BaseError) as error:
+            except STORAGE_ERRORS as error:
                 # One missed beat is no death. After `ttl_s` of them another may take over, and
                 # `check` tells this writer.
                 _log.warning("no heartbeat of the lease on %s: %s", self._storage.root, error)

@@ -17,11 +17,13 @@ from typing import Any, cast
 
 import obstore
 import pyarrow.fs
-from obstore.exceptions import AlreadyExistsError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, from_url
 
 from sg4v_ray.core.errors import ConfigError, StorageError
 
+STORAGE_ERRORS = (OSError, BaseError)
+"""What reading and writing raise while a disk or a bucket is away."""
 _SCHEMES = ("file", "s3", "gs", "az", "abfs", "abfss")
 
 
