@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import psutil
 import ray
-from ray._private.internal_api import node_stats
 
 _MB = 2**20
 
@@ -53,10 +52,9 @@ def by_process() -> dict[str, float]:
 
 
 def object_store_mb() -> float:
-    """Return what the object store of this node holds."""
-    (node,) = (one for one in ray.nodes() if one["Alive"])
-    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"])
-    return float(stats.store_stats.object_store_bytes_used) / _MB
+    """Return what the object store of the cluster holds."""
+    name = "object_store_memory"
+    return (ray.cluster_resources()[name] - ray.available_resources().get(name, 0.0)) / _MB
 
 
 def growth(

@@ -150,13 +150,7 @@ def job(bench: Settings) -> None:
         stage, work=lambda attempt: replace(made(attempt), actor=site.GenerateSetLengths)
     )
     flow = Flow(rows_per_block=64, batch_size=16, batches_in_flight=8)
-    ray.init(
-        "local",
-        num_cpus=4,
-        _system_config={"idle_worker_killing_time_threshold_ms": 60000},
-        include_dashboard=False,
-        log_to_driver=False,
-    )
+    start_ray(num_cpus=4, log_to_driver=False)
     manifest = stages.write_rows(stage, flow=flow, where=where)
     ray.shutdown()
     say(
@@ -179,20 +173,22 @@ def published(bench: Settings) -> None:
     torch.set_num_threads(bench.threads)
     folder = Path(bench.root, site.CAPTIONER.path, "model")
     model, processor = load(folder, dtype=VLLM.dtype), AutoImageProcessor.from_pretrained(folder)
-    files = sorted(Path(bench.root, "photos").glob("*.jpg"))[: bench.published_images]
+    every = sorted(Path(bench.root, "photos").glob("*.jpg"))[: bench.images]
+    # Spread over all, so that the answers are about as long as in the other cases.
+    numbers = [n * len(every) // bench.published_images for n in range(bench.published_images)]
     rules = PromptRules.read(folder, max_model_len=VLLM.max_model_len)
     prompt = rules.expand(_prompt(folder))
     started_s = time.monotonic()
-    for start in range(0, len(files), 4):
-        batch = files[start : start + 4]
-        images = [Image.open(file).convert("RGB") for file in batch]
+    for start in range(0, len(numbers), 4):
+        batch = numbers[start : start + 4]
+        images = [Image.open(every[number]).convert("RGB") for number in batch]
         pixels = processor(images=images, return_tensors="pt")["pixel_values"]
         inputs = {
             "input_ids": torch.tensor([prompt] * len(batch)),
             "attention_mask": torch.ones(len(batch), len(prompt), dtype=torch.long),
             "pixel_values": pixels.to(model.dtype),
         }
-        longest = max(site.num_tokens(f"{start + n:07d}") for n in range(len(batch)))
+        longest = max(site.num_tokens(f"{number:07d}") for number in batch)
         with torch.inference_mode():
             model.generate(
                 **inputs,
@@ -204,7 +200,7 @@ def published(bench: Settings) -> None:
                 repetition_penalty=PUBLISHED_DECODING.repetition_penalty,
             )
     seconds = time.monotonic() - started_s
-    say(part="published", images_per_s=round(len(files) / seconds, 4))
+    say(part="published", images_per_s=round(len(numbers) / seconds, 4))
 
 
 def prepare_rows(root: str, count: int) -> None:
@@ -225,13 +221,7 @@ def rows(bench: Settings) -> None:
     engine = EngineConfig(kind="fake", capacity=512, max_model_len=512, tokens_per_step=64)
     stage = _stage(bench.root, engine, embedded.CAPTIONER, bench.out, where)
     flow = Flow(rows_per_block=2048, batch_size=128, batches_in_flight=8)
-    ray.init(
-        "local",
-        num_cpus=4,
-        _system_config={"idle_worker_killing_time_threshold_ms": 60000},
-        include_dashboard=False,
-        log_to_driver=False,
-    )
+    start_ray(num_cpus=4, log_to_driver=False)
     started_s = time.monotonic()
     with Watcher() as memory:
         manifest = stages.write_rows(stage, flow=flow, where=where)

@@ -49,8 +49,10 @@ def model_150m() -> ModelConfig:
 
 
 def num_tokens(key: str) -> int:
-    """Return how long the caption of an image is: log-normal, 16 to 200, the same in every case."""
-    drawn = random.Random(zlib.crc32(key.encode())).lognormvariate(4.2, 0.5)
+    """Return how long the caption of an image is, the same in every case: log-normal, its limits
+    16 and 200 two deviations from the median of 57.
+    """
+    drawn = random.Random(zlib.crc32(key.encode())).lognormvariate(4.04, 0.63)
     return min(_LONGEST, max(_SHORTEST, round(drawn)))
 
 

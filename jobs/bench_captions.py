@@ -14,7 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -24,7 +25,7 @@ from jobs import _bench_parts as parts
 from jobs import _bench_site as site
 from jobs._cli import main
 from sg4v_ray.batch.watch import STATUS
-from sg4v_ray.core.errors import Sg4vError
+from sg4v_ray.core.errors import ConfigError, Sg4vError
 from sg4v_ray.core.storage import Storage
 
 
@@ -34,17 +35,18 @@ class Bench:
 
     case: Literal["engine", "control-plane", "scaling", "all"] = "all"
     root: str = str(Path("runs/bench").absolute())
-    """Folder for images, model and results; what an earlier bench left there is deleted."""
+    """Folder for images, model and results: a new one, or one that an earlier bench filled, which
+    is emptied first."""
     threads: int = 2
     """CPU threads of the engine, the same in every case."""
-    images: int = 200
+    images: int = 150
     """Photographs of the engine case."""
     pairs: int = 3
     """Alternating pairs of bare engine and whole job."""
     published_images: int = 48
     """Photographs for the published settings, which are slow."""
-    rows: int = 1_200_000
-    """Rows of the control-plane case."""
+    rows: int = 300_000
+    """Rows of the control-plane case; ShareGPT4V-PT has 1,200,000."""
     actors: int = 64
     """Actors of the scaling case; it is compared with one."""
     part: Literal["none", "bare", "job", "published", "rows", "actors"] = "none"
@@ -56,6 +58,23 @@ class Bench:
 _SCALING_SECONDS: Final = 90
 """How long the scaling case keeps its actors busy."""
 _CASES: Final = ("engine", "control-plane", "scaling")
+RATIOS: Final = "ratios.json"
+_MARKER: Final = ".sg4v-bench"
+"""A file in each folder that a bench made, and so may empty."""
+
+
+def empty(root: Path) -> None:
+    """Make the bench's folder, without what an earlier bench left in it.
+
+    Raises:
+        ConfigError: no bench made this folder, so what lies there may be dear to somebody.
+    """
+    if root.exists() and any(root.iterdir()):
+        if not (root / _MARKER).exists():
+            raise ConfigError(f"--root {root} holds files that no bench wrote; name a new folder")
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / _MARKER).touch()
 
 
 def argv_of(bench: Bench, part: str, **changed: Any) -> list[str]:
@@ -98,8 +117,11 @@ def control_plane_case(bench: Bench) -> dict[str, float]:
     """Send rows through everything but a model; then kill a second run at half and start again."""
     parts.prepare_rows(bench.root, bench.rows)
     found = measure(bench, "rows", out="rows")
+    memory: dict[str, tuple[float, float]] = found["memory_mb"]
     return {
         "control_plane_rows_per_s": found["rows_per_s"],
+        "memory_end_over_early": round(max(end / early for early, end in memory.values()), 3),
+        "driver_mb": max(mb for name, both in memory.items() if "driver" in name for mb in both),
         "restart_s": restart_s(bench),
     }
 
@@ -131,7 +153,8 @@ def _wait_for_rows(job: "subprocess.Popen[bytes]", home: Storage, rows: int) -> 
     while _done(home) < rows:
         if job.poll() is not None:
             raise Sg4vError("the job ended before it was killed; its error is above")
-        time.sleep(0.5)
+        with suppress(subprocess.TimeoutExpired):
+            job.wait(timeout=0.5)
 
 
 def scaling_case(bench: Bench) -> dict[str, float]:
@@ -146,9 +169,10 @@ def scaling_case(bench: Bench) -> dict[str, float]:
 def run() -> None:
     """Run the cases that the flags of this process name."""
     bench = tyro.cli(Bench, description=__doc__)
+    bench = replace(bench, root=str(Path(bench.root).absolute()))
     if bench.part != "none":
         return getattr(parts, bench.part)(bench)
-    shutil.rmtree(bench.root, ignore_errors=True)
+    empty(Path(bench.root))
     print(json.dumps({"machine": parts.machine(bench.threads)}), flush=True)
     runs = {
         "engine": engine_case,
@@ -160,7 +184,9 @@ def run() -> None:
     for case in wanted:
         ratios |= runs[case](bench)
     print(site.table([{"figure": key, "value": value} for key, value in ratios.items()]))
-    print(json.dumps({"case": "ratios", **ratios, "ran": list(wanted)}), flush=True)
+    last = json.dumps({"case": "ratios", **ratios, "ran": list(wanted)})
+    Path(bench.root, RATIOS).write_text(f"{last}\n")
+    print(last, flush=True)
     return None
 
 
