@@ -9,7 +9,7 @@ CPUS := --where.engine-threads 2
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line lock
+.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line show-captioning lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,9 +60,15 @@ loop-baselines: .venv/installed  ## the same without good captions: one word eac
 show-line: .venv/installed  ## everything this repository claims and a script can show
 	$(MAKE) check
 	$(MAKE) clean-demo demo
-	$(RUN) pytest -m 'not gpu and not shown'
+	$(RUN) pytest -m 'not gpu and not shown and not scale'
 	$(MAKE) loop
-	$(RUN) pytest -m shown
+	$(RUN) pytest -m shown tests/shown/test_line.py
+
+show-captioning: .venv/installed  ## what is claimed about captioning at scale (about 80 minutes)
+	$(MAKE) check
+	$(RUN) pytest -m scale
+	$(RUN) jobs.bench_captions --images 200 --rows 1200000
+	$(RUN) pytest -m shown tests/shown/test_captioning.py
 
 lock: .venv/installed  ## resolve the two lock files anew
 	$(BIN)/uv pip compile requirements-cpu.in --override requirements-cpu.overrides --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-cpu.lock

@@ -19,7 +19,7 @@ import yaml
 
 from tests.with_ray.caption_site import kill, make_site
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.scale, pytest.mark.timeout(1500)]
 
 MOST_NODES = 4
 PORT = 6379
@@ -30,7 +30,12 @@ CLUSTER = {
     "upscaling_speed": 10,
     # With 12 s nodes were taken away before their actors had started.
     "idle_timeout_minutes": 0.75,
-    "provider": {"type": "fake_multinode", "use_node_id_as_ip": True},
+    "provider": {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,  # nothing is installed on a node by ssh
+        "disable_launch_config_check": True,
+    },
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "engine_node": {
@@ -65,7 +70,11 @@ class AutoscalingCluster:
         ray = str(Path(sys.executable).with_name("ray"))
         start = [ray, "start", "--head", f"--port={PORT}", f"--autoscaling-config={config}"]
         quiet = ["--num-cpus=0", "--include-dashboard=false", "--block"]
-        environment = os.environ | {"RAY_FAKE_CLUSTER": "1", "RAY_ENABLE_AUTOSCALER_V2": "0"}
+        environment = os.environ | {
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_ENABLE_AUTOSCALER_V2": "0",
+            "RAY_AUTH_MODE": "disabled",  # the fake provider gives its nodes no token
+        }
         self._log = (folder / "head.log").open("w")
         self._head = subprocess.Popen(
             [*start, *quiet],

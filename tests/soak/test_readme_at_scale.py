@@ -12,7 +12,7 @@ from pathlib import Path
 import easy_vqa
 import pytest
 
-pytestmark = pytest.mark.soak
+pytestmark = pytest.mark.scale
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_IMAGES = 100

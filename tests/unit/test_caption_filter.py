@@ -34,7 +34,7 @@ def score(
     )
 
 
-def test_image(key: str, phash: int) -> ScoreRow:
+def evaluation_image(key: str, phash: int) -> ScoreRow:
     return ScoreRow(
         id=f"tests@v1/{key}",
         is_caption=False,
@@ -44,9 +44,6 @@ def test_image(key: str, phash: int) -> ScoreRow:
         reject=None,
         reject_detail=None,
     )
-
-
-test_image.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -108,7 +105,7 @@ def test_an_image_that_is_left_out_anyway_takes_no_other_with_it(storage: Storag
 
 
 def test_images_like_those_of_an_evaluation_set_are_left_out(storage: Storage) -> None:
-    rows = [score("a", FAR["a"]), score("b", FAR["b"] ^ 1), test_image("t", FAR["b"])]
+    rows = [score("a", FAR["a"]), score("b", FAR["b"] ^ 1), evaluation_image("t", FAR["b"])]
     write(storage, rows)
     config = CaptionFilter(scores=SCORES, max_contamination_bits=3)
     assert left_out(storage, config, CAPTIONS) == {"b": "contaminated"}

@@ -121,13 +121,20 @@ class Site:
         assert find(self.storage, CAPTIONS).counts["rows"] == self.num_images
 
 
-def make_site(root: str, pictures: Path, model: Path, num_images: int, **environment: str) -> Site:
-    """Write an index over one drawn picture and a captioner for the fake engine."""
+def make_site(
+    root: str, pictures: Path, model: Path, num_images: int, *, gone: int = 0, **environment: str
+) -> Site:
+    """Write an index over one drawn picture, `gone` rows over none, and a fake's captioner."""
     storage = Storage(root)
     picture = pictures / "picture.png"
     shapes.draw(1).save(picture)
     rows = [
-        ImageRow(id=f"i{n:04d}", source="drawn", uri=str(picture), size_bytes=1)
+        ImageRow(
+            id=f"i{n:04d}",
+            source="drawn",
+            uri=str(picture if n >= gone else pictures / "gone.png"),
+            size_bytes=1,
+        )
         for n in range(num_images)
     ]
     write_index(storage, rows)

@@ -10,6 +10,14 @@ import ray
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     # With a dashboard: without, nothing frees the workers of a training driver that was killed.
-    ray.init("local", num_cpus=4, num_gpus=4, include_dashboard=True, log_to_driver=False)
+    settings = {"idle_worker_killing_time_threshold_ms": 60_000, "metrics_report_interval_ms": 1000}
+    ray.init(
+        "local",
+        num_cpus=4,
+        num_gpus=4,
+        include_dashboard=True,
+        log_to_driver=False,
+        _system_config=settings,
+    )
     yield
     ray.shutdown()

@@ -2,15 +2,19 @@
 """A deadline sizes the pool by measured speed, and a money cap ends a job that can go on."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
+import ray
 
 from jobs import _steps
 from sg4v_ray.batch.plan import Flow
 from sg4v_ray.batch.watch import STATUS, curves
 from sg4v_ray.captions.quality import QualityConfig
+from sg4v_ray.core import observe
 from sg4v_ray.core.artifact import is_finished
 from sg4v_ray.core.errors import MoneySpent
 from sg4v_ray.core.where import Where
@@ -20,11 +24,6 @@ from sg4v_ray.recipes.line import CaptionStep
 from tests.with_ray.caption_site import CAPTIONER, Site, make_site
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-@pytest.fixture
-def site(tmp_path: Path, tiny_model: Path) -> Site:
-    return make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 400)
 
 
 def captioning() -> CaptionStep:
@@ -43,8 +42,9 @@ def where(site: Site, **changes: object) -> Where:
 
 
 def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
-    site: Site, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 400)
     step = captioning()
     with caplog.at_level("INFO", logger="sg4v_ray"):
         _steps.caption_images(step, where(site, max_actors=4, finish_by="25s"))
@@ -55,17 +55,38 @@ def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
     assert actors[0] <= 1 < max(actors) <= 4
 
 
-def test_a_deadline_that_cannot_be_made_is_said(
+def exported() -> set[str]:
+    """Return the metrics of ours that this machine's Prometheus endpoint has now."""
+    (node,) = ray.nodes()
+    found = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
+    return {line.partition("{")[0] for line in found.text.splitlines() if "ray_sg4v_" in line[:9]}
+
+
+def test_a_job_says_that_it_will_be_late_and_prometheus_has_its_metrics(
     tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 120)
-    _steps.caption_images(captioning(), where(site, max_actors=1, finish_by="2s"))
+    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 120, gone=1)
+    late = where(site, max_actors=1, finish_by="2s", engine_gpus=0.5, gpu_hour_usd=1.0)
+    job = threading.Thread(target=_steps.caption_images, args=(captioning(), late))
+    job.start()
+    seen: set[str] = set()
+    while job.is_alive():
+        job.join(1)
+        seen |= exported()
+    site.check_exactly_once()
     assert "finish_by 2s cannot be made: it needs" in caplog.text
     assert "Raise --where.max-actors" in caplog.text
-    site.check_exactly_once()
+    assert seen >= {
+        f"ray_{one.name}{'_total' if one.kind == 'counter' else ''}"
+        for one in vars(observe).values()
+        if isinstance(one, observe.Metric) and not one.name.startswith("sg4v_train")
+    }
 
 
-def test_money_ends_a_job_before_it_is_spent_and_more_money_goes_on(site: Site) -> None:
+def test_money_ends_a_job_before_it_is_spent_and_more_money_goes_on(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 400)
     step = captioning()
     priced = {"engine_gpus": 0.5, "gpu_hour_usd": 1.0}
     with pytest.raises(MoneySpent, match=r"stopped at \$.* run again with more"):
@@ -76,6 +97,6 @@ def test_money_ends_a_job_before_it_is_spent_and_more_money_goes_on(site: Site) 
     assert 0 < status["usd_so_far"] <= 0.0045 < status["usd_expected"]
     kept = site.committed()
     assert kept > 0
-    _steps.caption_images(step, where(site, max_usd=1.0, **priced))
+    _steps.caption_images(step, where(site, max_usd=1.0, max_actors=4, **priced))
     site.check_exactly_once()
     assert json.loads(site.storage.get(f"{step.out.path}/{STATUS}"))["state"] == "finished"
