@@ -35,8 +35,9 @@ def line_chart(title: str, points: Sequence[tuple[float, float]], *, x_unit: str
     dots = " ".join(f"{_x(x / right):.1f},{_y(y / top):.1f}" for x, y in points if math.isfinite(y))
     marks = [
         _text(f"{number(right * n / _TICKS)}{x_unit}", _x(n / _TICKS), _HEIGHT - 8, "middle")
-        for n in range(_TICKS + 1)
+        for n in range(_TICKS)
     ]
+    marks.append(_text(f"{number(right)}{x_unit}", _WIDTH, _HEIGHT - 8, "end"))
     return _figure(title, [*_grid(top), *marks, element("polyline", class_="line", points=dots)])
 
 
