@@ -106,7 +106,7 @@ class Fetcher:
             httpcore.NetworkError,
             httpcore.ProtocolError,
             socket.gaierror,
-            UnicodeError,  # a host that no name server can be asked for, as a..example.org
+            ValueError,  # a port above 65535, a host that nobody can be asked for (a..b.org)
         ) as error:
             return Rejected(Reject.HTTP_ERROR, f"{error or type(error).__name__} from {url}")
 

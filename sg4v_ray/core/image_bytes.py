@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from obstore.exceptions import NotFoundError, PermissionDeniedError
 from obstore.store import from_url
 
-from sg4v_ray.core.errors import ContractError
+from sg4v_ray.core.errors import ContractError, StorageError
 from sg4v_ray.core.fetch import Fetcher
 from sg4v_ray.core.images import ImageLimits, Rejected
 from sg4v_ray.core.location import Cell, Span, Whole, parse
@@ -120,7 +120,8 @@ def _whole(uri: str, limits: ImageLimits) -> bytes | Rejected:
         if (refused := _too_big(found.st_size, limits)) is not None:
             return refused
         with open(path, "rb") as file:
-            return file.read()
+            data = file.read(limits.max_bytes + 1)  # files of /proc have no size and no end
+        return _too_big(len(data), limits) or data
     remote = obstore.get(*_object(uri))
     return _too_big(remote.meta["size"], limits) or bytes(remote.bytes())
 
@@ -172,6 +173,7 @@ class _Remote(io.RawIOBase):
     """An object of a bucket as a Python file."""
 
     def __init__(self, uri: str) -> None:
+        self._uri = uri
         self._reader: Any = obstore.open_reader(*_object(uri))
 
     def readable(self) -> bool:
@@ -184,7 +186,13 @@ class _Remote(io.RawIOBase):
         return int(self._reader.seek(offset, whence))
 
     def readinto(self, buffer: Any) -> int:
-        data = memoryview(self._reader.read(len(buffer)))
+        try:
+            data = memoryview(self._reader.read(len(buffer)))
+        except OSError as error:
+            # Else Arrow, and who calls it, would take this for damage inside of the file.
+            raise StorageError(
+                f"{self._uri} could not be read ({error}); nothing is lost, run again"
+            ) from error
         buffer[: len(data)] = data
         return len(data)
 

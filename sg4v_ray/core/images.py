@@ -43,6 +43,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_MAX_SCANS = 100
+"""A progressive JPEG has about ten. Each is a pass over all pixels and may be of a few bytes."""
 _END: dict[str, bytes] = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 # What Pillow's decoders raise on hostile or damaged input (its plugins, 9.0 to 13.0).
 _DECODE_ERRORS = (
@@ -110,6 +112,8 @@ def _decode(data: bytes, name: str, limits: ImageLimits) -> Image.Image | Reject
         width, height = struct.unpack(">II", data[16:24])
         if (refused := _too_large(width, height, limits)) is not None:
             return refused
+    if name == "JPEG" and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
+        return Rejected(Reject.CORRUPT, f"JPEG of {scans} scans, limit {_MAX_SCANS}")
     try:
         with Image.open(BytesIO(data), formats=[name]) as image:
             if (refused := _too_large(*image.size, limits)) is not None:

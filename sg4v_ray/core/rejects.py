@@ -4,8 +4,12 @@
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from sg4v_ray.core.errors import ConfigError, TooManyRejects
+
+_FIRST_ROWS: Final = 1000
+_MOST_OF_THEM: Final = 0.5
 
 
 class Reject(StrEnum):
@@ -59,12 +63,33 @@ class RejectBudget:
             rejected: how many rows were rejected for each reason.
             total: all rows.
         """
+        if total and rejected.total() / total > self.max_reject_rate:
+            raise self._spent(rejected, total, "rows were rejected")
+
+    def foresee(self, *, rejected: Counter[str], done: int, total: int) -> TooManyRejects | None:
+        """Return the error that a running job will end with, before the rest is paid for.
+
+        It is sure once the rejects are too many for all rows (a tenth more, because rows of a
+        block that ran twice count twice), or when most of the first thousand are rejects.
+
+        Args:
+            rejected: how many rows were rejected so far for each reason.
+            done: rows so far.
+            total: all rows.
+        """
         count = rejected.total()
-        if total and count / total > self.max_reject_rate:
-            reasons = ", ".join(f"{number} {reason}" for reason, number in rejected.most_common(5))
-            raise TooManyRejects(
-                f"{count} of {total} rows were rejected ({count / total:.1%}), the budget is "
-                f"{self.max_reject_rate:.1%}. Commonest: {reasons}. Look at the rows; raise "
-                "--config.budget.max-reject-rate and run again if they are acceptable: the rows "
-                "are kept and nothing is made twice."
-            )
+        if count > 1.1 * self.max_reject_rate * total:
+            return self._spent(rejected, total, "rows were rejected already")
+        if done >= _FIRST_ROWS and count > done * max(_MOST_OF_THEM, self.max_reject_rate):
+            return self._spent(rejected, done, "rows so far were rejected")
+        return None
+
+    def _spent(self, rejected: Counter[str], total: int, what: str) -> TooManyRejects:
+        count = rejected.total()
+        reasons = ", ".join(f"{number} {reason}" for reason, number in rejected.most_common(5))
+        return TooManyRejects(
+            f"{count} of {total} {what} ({count / total:.1%}), the budget is "
+            f"{self.max_reject_rate:.1%}. Commonest: {reasons}. Look at the rows; raise "
+            "--config.budget.max-reject-rate (--caption.config... of retry_rejects) and run again "
+            "if they are acceptable: the rows are kept and nothing is made twice."
+        )

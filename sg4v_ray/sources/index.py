@@ -189,7 +189,10 @@ def _not_empty(rows: Iterable[Any], name: str) -> Iterator[Any]:
 def _unique(rows: Iterable[Any], seen: dict[str, str]) -> Iterator[Any]:
     for row in rows:
         if row.id in seen:
-            raise ContractError(f"two rows have the id {row.id!r}: {seen[row.id]} and {row.uri}")
+            raise ContractError(
+                f"two rows have the id {row.id!r}: {seen[row.id]} and {row.uri}. Rename or remove "
+                "one, or index them in two indexes"
+            )
         seen[row.id] = row.uri
         yield row
 

@@ -43,13 +43,15 @@ class LlavaImages:
         with open_file(self.json) as file:
             for record in read_records(file, where=self.json):
                 path = record.get("image")
-                if path is None or path in seen:
+                if path is None:
                     continue
                 if not isinstance(path, str) or path.startswith("/") or ".." in path.split("/"):
                     raise ContractError(
                         f"{self.json}: the image {path!r} of {record.get('id')!r} is no path "
                         f"below {root}"
                     )
+                if path in seen:
+                    continue
                 seen.add(path)
                 size = there.get(path, 0)
                 yield ImageRow(id=path, source=self.name, uri=f"{root}/{path}", size_bytes=size)

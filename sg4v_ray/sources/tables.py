@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sg4v_ray.core.errors import ConfigError, ContractError
 from sg4v_ray.core.image_bytes import open_file
-from sg4v_ray.core.location import Cell, is_container
+from sg4v_ray.core.location import Cell
 from sg4v_ray.core.records import ImageRow
-from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.storage import Storage, is_local, local_path
 from sg4v_ray.sources import listing
 
 MAX_GROUP_BYTES = 2**30
@@ -35,6 +34,8 @@ class ParquetImages:
     """Bytes, a struct with a field `bytes`, or URIs."""
     id_column: str | None = None
     """Unique ids; without one an id is `file/row`."""
+    prefixes: tuple[str, ...] = ()
+    """Local folders and bucket prefixes that a column of URIs may name besides http(s) URLs."""
     name: str = "parquet"
     """Source name stored with each row."""
 
@@ -46,8 +47,7 @@ class ParquetImages:
 
         Raises:
             ConfigError: no file matches, or a column is not there.
-            ContractError: a row group is too large, a file is no Parquet, or a URI is a piece of a
-            container.
+            ContractError: a row group is too large, a file is no Parquet, or a URI is not allowed.
         """
         for found in listing.matching(self.files):
             with open_file(found.uri) as file:
@@ -55,16 +55,32 @@ class ParquetImages:
 
     def _of_file(self, found: listing.Found, file: pq.ParquetFile) -> Iterator[ImageRow]:
         column = image_leaf(file.schema_arrow, self.image_column, found.uri)
-        wanted = [column] + ([self.id_column] if self.id_column else [])
         if self.id_column is not None:
             _field(file.schema_arrow, self.id_column, found.uri)
+        is_uri = not _is_bytes(_type_of(file.schema_arrow, column))
+        # The pixels are not read: an index is metadata.
+        wanted = [one for one in (column if is_uri else None, self.id_column) if one is not None]
         start = 0
         for group in range(file.num_row_groups):
-            _check_group(file.metadata.row_group(group), column, found.uri)
+            about = file.metadata.row_group(group)
+            _check_group(about, column, found.uri)
             table = file.read_row_group(group, columns=wanted)
-            ids = _ids(table, self.id_column, found.name.removesuffix(".parquet"), start)
-            yield from _rows(table, Cell("parquet", found.uri, group, 0, column), self.name, ids)
-            start += table.num_rows
+            stem = found.name.removesuffix(".parquet")
+            ids = _ids(table, self.id_column, stem, start, about.num_rows)
+            if is_uri:
+                yield from self._named(table, column, ids, found.uri)
+            else:
+                yield from _rows(Cell("parquet", found.uri, group, 0, column), self.name, ids)
+            start += about.num_rows
+
+    def _named(
+        self, table: pa.Table, column: str, ids: list[str], where: str
+    ) -> Iterator[ImageRow]:
+        for key, uri in zip(ids, table[column].to_pylist(), strict=True):
+            if uri is not None:
+                listing.check_named(uri, self.prefixes, f"row {key!r} of {where}")
+            # None becomes a row that is rejected: a reason, and no hole in the counts.
+            yield ImageRow(id=key, source=self.name, uri=uri or "", size_bytes=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,12 +108,14 @@ class HfDataset:
         """
         folder = Storage(self.path.rstrip("/"))
         for name in _arrow_files(folder):
-            with pa.PythonFile(open_file(folder.uri(name))) as file:
+            with _arrow_file(folder.uri(name)) as file:
                 yield from self._of_file(folder.uri(name), name.removesuffix(".arrow"), file)
 
     def _of_file(self, uri: str, stem: str, file: pa.NativeFile) -> Iterator[ImageRow]:
         schema = pa.ipc.read_schema(file)
         column = image_leaf(schema, self.image_column, uri)
+        if not _is_bytes(_type_of(schema, column)):
+            raise ConfigError(f"{uri}: column {column!r} has no bytes; index its URLs as Parquet")
         if self.id_column is not None:
             _field(schema, self.id_column, uri)
         start = 0
@@ -107,8 +125,8 @@ class HfDataset:
                     f"{uri} has a {message.type} message; dictionaries are not read"
                 )
             table = pa.Table.from_batches([pa.ipc.read_record_batch(message, schema)])
-            ids = _ids(table, self.id_column, stem, start)
-            yield from _rows(table, Cell("arrow", uri, offset, 0, column), self.name, ids)
+            ids = _ids(table, self.id_column, stem, start, table.num_rows)
+            yield from _rows(Cell("arrow", uri, offset, 0, column), self.name, ids)
             start += table.num_rows
 
 
@@ -131,6 +149,14 @@ def _field(schema: pa.Schema, name: str, where: str) -> pa.Field:
     if schema.get_field_index(name) < 0:
         raise ConfigError(f"{where} has no column {name!r}; it has {', '.join(schema.names)}")
     return schema.field(name)
+
+
+def _type_of(schema: pa.Schema, leaf: str) -> pa.DataType:
+    if leaf in schema.names:
+        return schema.field(leaf).type
+    outer, _, inner = leaf.partition(".")
+    kind = schema.field(outer).type
+    return kind.field(inner).type if inner else kind
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -182,26 +208,20 @@ def _messages(file: pa.NativeFile) -> Iterator[tuple[int, pa.Message]]:
         yield offset, message
 
 
-def _ids(table: pa.Table, column: str | None, stem: str, start: int) -> list[str]:
+def _arrow_file(uri: str) -> pa.NativeFile:
+    """Open an Arrow stream; a local one is mapped, so that its pixels are not read."""
+    if is_local(uri):
+        return pa.memory_map(str(local_path(uri)))
+    return pa.PythonFile(open_file(uri))
+
+
+def _ids(table: pa.Table, column: str | None, stem: str, start: int, count: int) -> list[str]:
     if column is None:
-        return [f"{stem}/{start + row}" for row in range(table.num_rows)]
+        return [f"{stem}/{start + row}" for row in range(count)]
     return [str(one) for one in table[column].to_pylist()]
 
 
-def _rows(table: pa.Table, group: Cell, source: str, ids: list[str]) -> Iterator[ImageRow]:
+def _rows(group: Cell, source: str, ids: list[str]) -> Iterator[ImageRow]:
     """Yield the rows of one row group; `group` is the location of its first."""
-    outer, _, inner = group.column.partition(".")
-    values = table[outer].combine_chunks()
-    values = values.field(inner) if inner else values
-    if not _is_bytes(values.type):
-        for key, uri in zip(ids, values.to_pylist(), strict=True):
-            if is_container(uri or ""):
-                raise ContractError(f"{group.uri}: {uri!r} of row {key!r} is no URI of an image")
-            # None becomes a row that is rejected: a reason, and no hole in the counts.
-            yield ImageRow(id=key, source=source, uri=uri or "", size_bytes=0)
-        return
-    sizes = pc.binary_length(values).to_pylist()
-    for row, (key, size) in enumerate(zip(ids, sizes, strict=True)):
-        yield ImageRow(
-            id=key, source=source, uri=str(replace(group, row=row)), size_bytes=size or 0
-        )
+    for row, key in enumerate(ids):
+        yield ImageRow(id=key, source=source, uri=str(replace(group, row=row)), size_bytes=0)

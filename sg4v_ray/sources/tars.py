@@ -41,7 +41,9 @@ class Tars:
         for shard in listing.matching(self.shards):
             stem = shard.name.removesuffix(".tar")
             for member in _members(shard.uri):
-                path = PurePosixPath(member.name)
+                # A name that is not UTF-8 was read as surrogates, which no table can hold.
+                name = member.name.encode("utf-8", "surrogateescape")
+                path = PurePosixPath(name.decode("utf-8", "backslashreplace"))
                 if member.isreg() and path.suffix.lower() in SUFFIXES:
                     yield ImageRow(
                         id=f"{stem}/{path.with_suffix('')}",

@@ -198,3 +198,9 @@ def test_public_addresses(address: str, public: bool) -> None:
 def test_a_host_is_a_name_and_nothing_else(host: str) -> None:
     with pytest.raises(ConfigError, match="host names"):
         FetchConfig(allow_hosts=(host,))
+
+
+@pytest.mark.parametrize("port", ["99999", "70000/x"])
+def test_a_port_that_no_host_has_is_a_reason(site: Site, port: str) -> None:
+    assert reason(get(f"http://127.0.0.1:{port}")) is Reject.HTTP_ERROR
+    assert reason(get(site.url(f"to/http://127.0.0.1:{port}"))) is Reject.HTTP_ERROR

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sg4v_ray.batch.pixels import read_images
-from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core import image_bytes
+from sg4v_ray.core.errors import ConfigError, ContractError, StorageError
 from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.image_bytes import read
 from sg4v_ray.core.images import ImageLimits, Rejected
@@ -80,6 +81,25 @@ def test_a_batch_with_such_a_place_is_read_to_its_end(tmp_path: Path) -> None:
     ):
         assert isinstance(found, Rejected)
         assert found.reason is wanted
+
+
+def test_a_file_without_a_size_is_read_to_the_limit_only() -> None:
+    found = read("/proc/self/environ", limits=ImageLimits(max_bytes=10))
+    assert isinstance(found, Rejected)
+    assert found.reason is Reject.TOO_MANY_BYTES
+
+
+def test_a_bucket_that_fails_is_no_damage_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader:
+        def seek(self, offset: int, whence: int) -> int:
+            return 1000
+
+        def read(self, count: int) -> bytes:
+            raise OSError("Generic S3 error: 412 Precondition Failed")
+
+    monkeypatch.setattr(image_bytes.obstore, "open_reader", lambda *_: Reader())
+    with pytest.raises(StorageError, match="nothing is lost, run again"):
+        read("parquet:0:0:image:s3://bucket/a.parquet", limits=LIMITS)
 
 
 def test_a_pipe_does_not_hold_the_reader(tmp_path: Path) -> None:

@@ -32,6 +32,16 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr))
 
 
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded() -> None:
+    data = encoded(photo(), "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xda")
+    scan = data[start:-2]
+    found = open_image(data[:-2] + scan * 200 + data[-2:], LIMITS)
+    assert isinstance(found, Rejected)
+    assert "scans, limit 100" in found.detail
+    assert not isinstance(open_image(data, LIMITS), Rejected)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

@@ -3,8 +3,11 @@
 
 import io
 import json
+import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +21,7 @@ from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.rejects import Reject
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.where import Where
-from sg4v_ray.sources import tables
+from sg4v_ray.sources import listing, tables
 from sg4v_ray.sources.catalogue import PaperImages
 from sg4v_ray.sources.folder import Glob
 from sg4v_ray.sources.index import IndexConfig, Source, run
@@ -68,8 +71,8 @@ def make_tar(path: Path, members: dict[str, bytes]) -> Path:
         pytest.param("**/*.jpg", {"a.jpg", "x/b.jpg", "x/y/c.jpg"}, id="two stars span folders"),
         pytest.param("x/?.jpg", {"b.jpg"}, id="question mark"),
         pytest.param("x/y/[!ab].jpg", {"c.jpg"}, id="class"),
-        pytest.param("{0..2}.png", {"1.png", "2.png"}, id="range"),
-        pytest.param("{00..02}.png", {"00.png"}, id="range keeps its zeros"),
+        pytest.param("{1..2}.png", {"1.png", "2.png"}, id="range"),
+        pytest.param("{00..00}.png", {"00.png"}, id="range keeps its zeros"),
     ],
 )
 def test_a_pattern_names_files(
@@ -83,6 +86,44 @@ def test_a_pattern_names_files(
 def test_a_pattern_that_names_nothing_is_refused(where: Where, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no file matches"):
         index(where, Glob(pattern=f"{tmp_path}/*.jpg"))
+
+
+def test_a_range_with_a_hole_is_refused(where: Where, tmp_path: Path) -> None:
+    for number in (0, 1, 3):
+        write(tmp_path / f"in/{number}.png", b"1")
+    with pytest.raises(ConfigError, match=r"2 of the 5 names .* match no file, e\.g\. 2\.png"):
+        index(where, Glob(pattern=f"{tmp_path}/in/{{0..4}}.png"))
+
+
+def test_links_are_followed_and_never_in_circles(where: Where, tmp_path: Path) -> None:
+    write(tmp_path / "far/away/a.jpg", b"1")
+    write(tmp_path / "in/b.jpg", b"2")
+    (tmp_path / "in/link").symlink_to(tmp_path / "far/away")
+    (tmp_path / "in/round").symlink_to(tmp_path)
+    (tmp_path / "in/lost.jpg").symlink_to(tmp_path / "nowhere")
+    found = bytes_of(index(where, Glob(pattern=f"{tmp_path}/in/**/*.jpg")))
+    assert found["b.jpg"] == b"2"
+    assert found["link/a.jpg"] == b"1"
+    assert isinstance(found["lost.jpg"], Rejected)
+    assert len(found) == 3
+
+
+def test_a_folder_that_cannot_be_read_ends_the_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "in/a.jpg", b"1")
+
+    def scandir(path: str) -> object:
+        raise OSError(5, "Input/output error", path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        list(listing.below(str(tmp_path / "in")))
+
+
+def test_names_that_are_not_utf8_are_written_out(where: Where, tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "s/a.tar", {"\udcff.jpg": b"1"})
+    assert bytes_of(index(where, Tars(shards=str(path)))) == {"a/\\xff": b"1"}
 
 
 def test_images_of_a_tar_are_read_by_their_place(where: Where, tmp_path: Path) -> None:
@@ -159,23 +200,31 @@ def test_parquet_may_hold_uris(where: Where, tmp_path: Path) -> None:
     image = write(tmp_path / "a.png", b"png")
     (tmp_path / "p").mkdir()
     pq.write_table(pa.table({"url": [str(image)]}), tmp_path / "p/data.parquet")
-    rows = index(where, ParquetImages(files=f"{tmp_path}/p/data.parquet", image_column="url"))
+    source = ParquetImages(files=f"{tmp_path}/p/data.parquet", image_column="url")
+    with pytest.raises(ContractError, match="may name are given with"):
+        index(where, source)
+    rows = index(where, replace(source, prefixes=(str(tmp_path),)))
     assert bytes_of(rows) == {"data/0": b"png"}
 
 
 def test_a_row_without_a_uri_stays_a_row(where: Where, tmp_path: Path) -> None:
-    table = pa.table({"url": pa.array(["/nowhere.png", None], pa.string())})
+    table = pa.table({"url": pa.array(["/nowhere/a.png", None], pa.string())})
     pq.write_table(table, tmp_path / "data.parquet")
-    rows = index(where, ParquetImages(files=f"{tmp_path}/data.parquet", image_column="url"))
-    found = bytes_of(rows)
+    source = ParquetImages(
+        files=f"{tmp_path}/data.parquet", image_column="url", prefixes=("/nowhere",)
+    )
+    found = bytes_of(index(where, source))
     assert list(found) == ["data/0", "data/1"]
     assert found["data/1"] == Rejected(Reject.MISSING, "the index has no URI for this image")
 
 
 def test_a_table_of_uris_cannot_name_pieces_of_other_files(where: Where, tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["tar:0:9:/etc/passwd"]}), tmp_path / "data.parquet")
-    with pytest.raises(ContractError, match="no URI of an image"):
-        index(where, ParquetImages(files=f"{tmp_path}/data.parquet", image_column="url"))
+    source = ParquetImages(
+        files=f"{tmp_path}/data.parquet", image_column="url", prefixes=("/", "tar:0:9:/")
+    )
+    with pytest.raises(ContractError, match="names 'tar:0:9:/etc/passwd'"):
+        index(where, source)
 
 
 def test_a_wrong_column_is_refused_with_the_columns_that_there_are(
@@ -230,7 +279,7 @@ def test_a_dict_of_splits_is_refused(where: Where, tmp_path: Path) -> None:
         index(where, HfDataset(path=str(tmp_path / "set")))
 
 
-def llava(tmp_path: Path, images: list[str | None]) -> LlavaImages:
+def llava(tmp_path: Path, images: list[Any]) -> LlavaImages:
     records = [
         {"id": str(n), "conversations": [{"from": "human", "value": "<image>\nHi"}]}
         | ({"image": image} if image else {})
@@ -259,9 +308,9 @@ def test_images_that_a_llava_json_names_and_nobody_has_are_told_before_any_gpu_i
     assert find(where.storage, IMAGES).facts["completeness"] == {"llava": [1, 3]}
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../secret.jpg", "a/../../b.jpg"])
+@pytest.mark.parametrize("path", ["/etc/passwd", ["a.jpg"], "../secret.jpg", "a/../../b.jpg"])
 def test_a_llava_json_cannot_lead_out_of_its_folder(
-    where: Where, tmp_path: Path, path: str
+    where: Where, tmp_path: Path, path: object
 ) -> None:
     write(tmp_path / "data/1.jpg", b"one")
     with pytest.raises(ContractError, match="no path below"):
@@ -280,16 +329,19 @@ def test_a_source_of_the_paper_keeps_the_published_paths_and_counts(
 
 def test_a_list_of_urls_has_its_own_ids_or_hashes(where: Where, tmp_path: Path) -> None:
     lines = "# comment\nhttps://a.org/1.jpg\n\nmine\thttps://a.org/2.jpg\ns3://b/3.jpg\n"
+    lines += "https://a.org/1.jpg\n"  # again, which is no other image
     write(tmp_path / "urls.txt", lines.encode())
-    rows = index(where, UrlList(path=f"{tmp_path}/urls.txt"))
+    rows = index(where, UrlList(path=f"{tmp_path}/urls.txt", prefixes=("s3://b",)))
     assert rows["mine"].uri == "https://a.org/2.jpg"
     assert len(rows) == 3
 
 
-@pytest.mark.parametrize("line", [b"no url here", b"\xff\xfe", b"tar:0:9:/etc/passwd"])
+@pytest.mark.parametrize(
+    "line", [b"no url here", b"\xff\xfe", b"tar:0:9:/etc/passwd", b"/etc/shadow", b"/d/../a"]
+)
 def test_a_line_without_a_url_is_refused_by_its_number(
     where: Where, tmp_path: Path, line: bytes
 ) -> None:
     write(tmp_path / "urls.txt", b"https://a.org/1.jpg\n" + line)
     with pytest.raises(ContractError, match="line 2"):
-        index(where, UrlList(path=f"{tmp_path}/urls.txt"))
+        index(where, UrlList(path=f"{tmp_path}/urls.txt", prefixes=("/d",)))
