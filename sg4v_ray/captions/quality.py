@@ -15,8 +15,8 @@ from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.images import Rejected
 from sg4v_ray.core.rejects import Reject
 
-_PHRASE: Final = 6
-"""Words of a phrase. Shorter ones ("on the left side of the") are repeated in good captions."""
+_PHRASE: Final = 10
+"""Words of a phrase. Good captions repeat up to nine: "side of the image, there is a large"."""
 _MIN_WORDS_TO_TELL: Final = 8
 """Fewer words than this and names of places decide which language it seems to be."""
 _MARGIN_NATS: Final = 25.0
@@ -25,16 +25,20 @@ up to 15 nats likelier to be French (py3langid 0.4, 2026-11)."""
 
 _REFUSAL: Final = re.compile(
     r"^\W*(?:i(?:'|\u2019)?m sorry|i am sorry|sorry,|i apologi[sz]e|as an ai\b|"
-    r"unfortunately,? i (?:can|am)|"
-    r"i(?: am|(?:'|\u2019)m) (?:unable|not able) to|"
+    r"as a large language model|unfortunately,? i (?:can|am)|"
+    r"there (?:is|was) no image (?:provided|attached|uploaded|given|visible|to|in)\b|"
+    r"no image (?:is|was|has been) (?:provided|attached|uploaded|given)|"
+    r"i(?: am|(?:'|\u2019)m) (?:unable|not able|afraid(?: that)? i)\b|"
+    r"i (?:do(?: not|n(?:'|\u2019)t)) (?:actually )?see (?:any|an|the) image|"
     r"i (?:can(?:no|(?:'|\u2019))t|can not|won(?:'|\u2019)t|do(?: not|n(?:'|\u2019)t) have) "
-    r"(?:be able|assist|help|see|view|identify|describe|provide|analy[sz]e|process|comply|access|"
-    r"the ability))",
+    r"(?:actually )?(?:be able|assist|help(?! but)|see|view|identify|describe|provide|analy[sz]e|"
+    r"process|comply|access|the ability))",
     re.IGNORECASE,
 )
 _SPECIAL: Final = re.compile(
-    r"<\|?/?(?:image|im_patch|im_start|im_end|s|unk|pad|eot_id|endoftext|user|bot|assistant)\|?>"
-    r"|\[/?inst\]|\b(?:USER|ASSISTANT|Human|Bot): |\ufffd",
+    r"<\|[^|<>\s]{1,40}\|>|</?(?:image|im_patch|im_start|im_end|s|unk|pad|user|bot|assistant)>"
+    r"|(?i:\[/?inst\])|\[UNUSED_TOKEN_\d+\]|\b(?:USER|ASSISTANT): "
+    r"|(?:^|[.!?\n]\s*)(?:Human|Bot): |\ufffd",
 )
 """Special tokens of Llama, Vicuna and InternLM chat formats, role names, undecodable bytes."""
 
@@ -49,7 +53,7 @@ class QualityConfig:
     min_words: int = 5
     """Shorter captions say nothing that a label would not."""
     max_phrase_repeats: int = 3
-    """How often one phrase of six words may stand in a caption; a decoding loop goes on."""
+    """How often one phrase of ten words may stand in a caption; a decoding loop goes on."""
     max_word_run: int = 5
     """How often one word may follow itself."""
     language: str | None = None

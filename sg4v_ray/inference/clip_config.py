@@ -12,8 +12,8 @@ from sg4v_ray.core.errors import ConfigError
 class ClipConfig:
     """Which CLIP model scores."""
 
-    model: str = "ViT-L-14-336"
-    """Architecture by open_clip's name."""
+    model: str = "ViT-L-14-336-quickgelu"
+    """Architecture by open_clip's name. OpenAI's weights need the names with `-quickgelu`."""
     weights: str = ""
     """Absolute path of a safetensors file that every node sees; pickled ones are not opened."""
 
@@ -26,6 +26,11 @@ class ClipConfig:
             raise ConfigError(
                 f"open_clip has no model {self.model!r}; did you mean {' or '.join(near) or 'none'}"
             )
+        if self._needs_quick_gelu():
+            raise ConfigError(
+                f"clip.model is {self.model!r}, for which all weights are of the activation "
+                f"QuickGELU: their scores would be wrong. Give {self.model}-quickgelu"
+            )
         if not self.weights.endswith(".safetensors"):
             raise ConfigError(
                 f"clip.weights is {self.weights!r}, not a .safetensors file; pickled checkpoints "
@@ -33,6 +38,16 @@ class ClipConfig:
             )
         if not Path(self.weights).is_file():
             raise ConfigError(f"there are no CLIP weights at {self.weights}; see --config.clip")
+
+    def _needs_quick_gelu(self) -> bool:
+        """Say whether open_clip knows weights of this model, and none with its own activation."""
+        import open_clip
+        from open_clip import pretrained
+
+        tags = pretrained.list_pretrained_tags_by_model(self.model)
+        known = [pretrained.get_pretrained_cfg(self.model, tag) for tag in tags]
+        has_twin = f"{self.model}-quickgelu" in open_clip.list_models()
+        return has_twin and bool(known) and all(one.get("quick_gelu") for one in known)
 
     @property
     def image_size(self) -> int:

@@ -16,6 +16,15 @@ GOOD = (
     "holds a golden-brown muffin; on the left side of the tray lies a fork, and on the right side "
     "of the tray a napkin says \"I can't believe it's Monday\"."
 )
+SIDES = " ".join(
+    f"On the {side} of the image, there is a {what} in soft light."
+    for side, what in (
+        ("left side", "wooden fence with a gate"),
+        ("right side", "tall oak whose leaves turn yellow"),
+        ("far side", "narrow river and a stone bridge"),
+        ("near side", "path of gravel between wild flowers"),
+    )
+)
 PLACES = (
     "The photograph shows the Place de la Concorde and the Avenue des Champs-Elysees, with the "
     "Arc de Triomphe de l'Etoile and the Grand Palais in Paris, France."
@@ -33,6 +42,9 @@ PLACES = (
         pytest.param("The sign reads: Sorry, we are closed until Monday.", None, id="a sorry sign"),
         pytest.param("The image shows a user: he types on a laptop.", None, id="the word user"),
         pytest.param("A chart of x < 3 and y > 4, drawn by hand in ink.", None, id="math signs"),
+        pytest.param(SIDES, None, id="four sides of the image"),
+        pytest.param("I can't help but notice the red barn behind the trees.", None, id="a figure"),
+        pytest.param('The book "The Human: A Story" lies on a wooden table.', None, id="a title"),
         pytest.param(" \n ", Reject.EMPTY_TEXT, id="white space"),
         pytest.param("A dog.", Reject.TOO_SHORT, id="two words"),
         pytest.param(
@@ -49,6 +61,15 @@ PLACES = (
             "As an AI language model, I cannot look at images directly.",
             Reject.REFUSED,
             id="as an AI",
+        ),
+        *(
+            pytest.param(text, Reject.REFUSED, id=text[:30])
+            for text in (
+                "I don't see any image attached to your message.",
+                "I'm afraid I cannot view pictures at the moment.",
+                "There is no image provided, so nothing can be described.",
+                "As a large language model, I cannot look at things.",
+            )
         ),
         pytest.param(
             "I cannot provide a description of this image.", Reject.REFUSED, id="cannot provide"
@@ -73,6 +94,15 @@ PLACES = (
         pytest.param("<image> A dog runs over the grass.", Reject.SPECIAL_TOKEN, id="image"),
         pytest.param("A dog. USER: And now? ASSISTANT: A cat.", Reject.SPECIAL_TOKEN, id="roles"),
         pytest.param("A dog runs <|im_end|> over the grass", Reject.SPECIAL_TOKEN, id="chat end"),
+        *(
+            pytest.param(f"A dog runs. {leak} A cat sleeps.", Reject.SPECIAL_TOKEN, id=leak)
+            for leak in (
+                "[INST]",
+                "[UNUSED_TOKEN_145]",
+                "<|start_header_id|>",
+                "Human: What else?",
+            )
+        ),
         pytest.param("A sign that says caf\ufffd in red", Reject.SPECIAL_TOKEN, id="half a letter"),
         pytest.param(
             "Ein roter Kreis steht links oben auf einem hellen Hintergrund im Bild.",
@@ -95,7 +125,7 @@ def test_the_detail_of_a_loop_is_the_phrase_and_its_number() -> None:
     text = "the man is standing next to the car " * 5
     found = judge(text, instruction=ASKED, config=QualityConfig())
     assert found is not None
-    assert "stands 5 times" in found.detail
+    assert "stands 4 times" in found.detail  # ten words of it
 
 
 def test_any_language_is_accepted_unless_one_is_asked_for() -> None:

@@ -78,6 +78,7 @@ def test_weights_of_another_model_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
+        (ClipConfig(model="ViT-L-14-336"), "wrong. Give ViT-L-14-336-quickgelu"),
         (ClipConfig(model="ViT-S-33"), "open_clip has no model 'ViT-S-33'; did you mean ViT-"),
         (ClipConfig(), "clip.weights is '', not a .safetensors file"),
         (ClipConfig(weights="/x.safetensors"), "there are no CLIP weights at /x.safetensors"),
