@@ -36,6 +36,7 @@ from sg4v_ray.batch.tally import Speed, Tally
 from sg4v_ray.batch.watch import Resize, Watch, watching
 from sg4v_ray.core.errors import ArtifactCorrupt, ConfigError, Sg4vError
 from sg4v_ray.core.lease import Lease
+from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.rows import ROWS, read_columns
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
@@ -86,7 +87,8 @@ def rows_of(attempt: int) -> str:
     return f"{ROWS}/attempt-{attempt:04d}"
 
 
-def _checkpoint_of(attempt: int) -> str:
+def checkpoint_of(attempt: int) -> str:
+    """Return the folder of an artifact that holds Ray's notes of an attempt's finished rows."""
     return f"checkpoint-{attempt:04d}"
 
 
@@ -99,6 +101,7 @@ def run(
     flow: Flow,
     where: Where,
     lease: Lease,
+    budget: RejectBudget | None = None,
 ) -> Speed:
     """Send every row of `index` through `work` once.
 
@@ -107,6 +110,8 @@ def run(
         home: the artifact's folder; rows land in `rows_of(attempt)`, and a killed run resumes
             from what lies there.
 
+        budget: ends the run as soon as it is sure to be passed; None never does.
+
     Returns:
         How fast this run was. The rows' ids are checked by `verify`.
 
@@ -114,10 +119,11 @@ def run(
         ArtifactCorrupt: an id is missing or double in the output.
         ConfigError: the cluster is too small for one engine and the light tasks beside it.
         LeaseLost: another driver took over.
+        TooManyRejects: the budget will be passed; finished blocks are kept.
         Sg4vError: whatever a work actor raised on purpose, as itself.
     """
     rows = home.sub(rows_of(attempt))
-    checkpoint = home.sub(_checkpoint_of(attempt))
+    checkpoint = home.sub(checkpoint_of(attempt))
     wanted = read_columns(index, ["id"])["id"]
     speed = Speed()
     if _pending(checkpoint) or len(_finished(checkpoint)) < len(wanted):
@@ -126,18 +132,19 @@ def run(
         finished = _finished(checkpoint)
         with (
             _protected(checkpoint),
-            watching(home, len(finished), len(wanted), where, lease) as watch,
+            watching(home, len(finished), len(wanted), where, lease, budget) as watch,
             _asked_at_every_step(watch),
         ):
             _execute_resizing(index, rows, work, flow, where, watch, home)
             speed = ray.get(watch.tally.speed.remote())
-    verify(wanted, read_columns(rows, ["id"])["id"], where=rows.root)
+    folders = f"{rows.root} and its notes in {checkpoint.root}"
+    verify(wanted, read_columns(rows, ["id"])["id"], where=folders)
     return speed
 
 
 def drop_checkpoint(home: Storage, attempt: int) -> None:
     """Delete Ray's notes of finished rows. Only after the manifest: until then they are needed."""
-    home.delete(_checkpoint_of(attempt))
+    home.delete(checkpoint_of(attempt))
 
 
 def _execute_resizing(
@@ -335,7 +342,7 @@ def verify(wanted: pa.ChunkedArray, found: pa.ChunkedArray, *, where: str) -> No
     if problems:
         raise ArtifactCorrupt(
             f"{where}: {'; '.join(problems)}. Nothing was committed. "
-            "Make another version (--out.version v2), or delete the folder and run again."
+            "Make another version (--out.version v2), or delete both folders and run again."
         )
 
 

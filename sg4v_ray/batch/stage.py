@@ -77,9 +77,7 @@ def retry_rejects(
     home, number = storage.sub(stage.out.path), len(done.attempts) + 1
     with hold(home) as lease:
         index = _rejected_rows(stage, done, home, reasons)
-        return _attempt(
-            number, stage, index, home, lease, flow=flow, where=where, earlier=done.attempts
-        )
+        return _attempt(number, stage, index, home, lease, flow=flow, where=where, earlier=done)
 
 
 def _attempt(
@@ -91,13 +89,21 @@ def _attempt(
     *,
     flow: plan.Flow,
     where: Where,
-    earlier: tuple[str, ...] = (),
+    earlier: Manifest | None = None,
 ) -> Manifest:
     work = stage.work(number)
     speed = plan.run(
-        index=index, home=home, attempt=number, work=work, flow=flow, where=where, lease=lease
+        index=index,
+        home=home,
+        attempt=number,
+        work=work,
+        flow=flow,
+        where=where,
+        lease=lease,
+        # A retry's rows were all rejected before; its budget is counted over all rows at the end.
+        budget=stage.budget if earlier is None else None,
     )
-    attempts = (*earlier, plan.rows_of(number))
+    attempts = (*(earlier.attempts if earlier else ()), plan.rows_of(number))
     check_columns(_schema(home.sub(attempts[-1])), work.record, where=home.uri(attempts[-1]))
     counted = [name for name in ("num_tokens", "reject") if name in schema(work.record).names]
     outcome = newest(home, attempts, counted)
@@ -116,7 +122,8 @@ def _attempt(
             **{f"rejected_{reason}": count for reason, count in sorted(reasons.items())},
         },
         attempts=attempts,
-        facts=dataclasses.asdict(speed),
+        # Of a few hard rows, the speed of a retry says nothing about the job's.
+        facts=dataclasses.asdict(speed) if earlier is None else earlier.facts,
         lease=lease,
     )
     plan.drop_checkpoint(home, number)
@@ -140,12 +147,14 @@ def _rejected_rows(
         raise ConfigError(
             f"{stage.out} has no row rejected for {' or '.join(reasons) or 'anything'}"
         )
-    folder = home.sub(f"retry/attempt-{len(done.attempts) + 1:04d}")
+    number = len(done.attempts) + 1
+    folder = home.sub(f"retry/attempt-{number:04d}")
     chosen = json.dumps({"reasons": sorted(reasons)}).encode()
     if not folder.create("reasons.json", chosen) and folder.get("reasons.json") != chosen:
         raise ConfigError(
             f"a retry of {stage.out} for other reasons was begun: {folder.get('reasons.json')!r}. "
-            f"Finish that one first, or delete {folder.root} and {home.uri('rows')}'s newest folder"
+            f"Finish that one first, or delete {folder.root} and, where they exist, "
+            f"{home.uri(plan.rows_of(number))} and {home.uri(plan.checkpoint_of(number))}"
         )
     rows = read_columns(stage.index, None)
     rows = rows.filter(pc.is_in(rows["id"], value_set=ids))

@@ -172,8 +172,10 @@ class Tally:
     def starts(self, engine: str) -> None:
         """Note that an actor starts. What an earlier life of it had inside gets a strike."""
         self._strikes.died(engine)
-        actor = self._actors.get(engine)
-        if actor is not None and actor.ready_s is not None:
+        now = time.monotonic()
+        # Paid for from here on, while the weights are still being fetched.
+        actor = self._actors.setdefault(engine, _Actor(now, now))
+        if actor.ready_s is not None:
             actor.earlier_s += actor.heard_s - actor.ready_s
             actor.ready_s = None
 

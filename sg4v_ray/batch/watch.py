@@ -11,6 +11,7 @@ import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from sg4v_ray.batch.tally import Progress, Tally
 from sg4v_ray.core import observe
 from sg4v_ray.core.errors import LeaseLost, MoneySpent, Sg4vError
 from sg4v_ray.core.lease import Lease
+from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import STORAGE_ERRORS, Storage
 from sg4v_ray.core.where import Where, seconds_of
 
@@ -35,6 +37,8 @@ STATUS = "status.json"
 _CURVES = "curves"
 _TERMINAL_S, _FILE_S = 0.5, 15.0
 _STATUS_S = 5.0
+_RATE_S = 120.0
+"""Rates and the ETA are of so many seconds: a pool that grew is not slow because it was."""
 _MEASURED_ROWS_PER_ACTOR = 64
 """Rows of one actor after which its speed is known well enough to size the pool by it."""
 
@@ -59,7 +63,7 @@ class Status:
     rejected: dict[str, int]
     """By reason, of this run."""
     rows_per_s: float
-    """Of this run, from its first row on."""
+    """Of the last two minutes."""
     tokens_per_s: float
     eta_s: float | None
     actors: int
@@ -67,9 +71,9 @@ class Status:
     queue: int
     engine_busy_rate: float
     usd_so_far: float | None
-    """Of this run; None without `gpu_hour_usd`."""
+    """Of all runs at this artifact; None without `gpu_hour_usd`."""
     usd_expected: float | None
-    """Of this run, when it is done."""
+    """Of all runs, when this one is done."""
 
 
 class Watch:
@@ -85,13 +89,16 @@ class Watch:
         total: int,
         where: Where,
         lease: Lease,
+        budget: RejectBudget | None = None,
     ) -> None:
         self.tally = tally
-        self._lease = lease
+        self._lease, self._budget = lease, budget
+        self._spent_before = _spent_by_earlier_runs(home)
         self._home, self._where = home, where
         self._done, self._total = done, total
         self._started_s = time.monotonic()
-        self._first_row_s: float | None = None
+        self._recent = deque([(self._started_s, 0, 0)])
+        """When how many rows and tokens were done."""
         self._sized = where.finish_by is None
         self._verdict: Exception | None = None
         self._written_s = self._drawn_s = 0.0
@@ -139,8 +146,7 @@ class Watch:
         """Read the tally once; draw, write and decide."""
         progress: Progress = ray.get(self.tally.read.remote())
         now = time.monotonic()
-        if progress.rows and self._first_row_s is None:
-            self._first_row_s = now
+        self._note(progress, now)
         if state != "running" or sys.stderr.isatty() or now - self._drawn_s >= _FILE_S:
             self._drawn_s = now
             self._draw(progress)
@@ -175,13 +181,23 @@ class Watch:
         self._bar.n = min(self._total, self._done + progress.rows)
         self._bar.refresh()
 
+    def _note(self, progress: Progress, now: float) -> None:
+        """Keep the counts of the last minutes, from just before the first row on."""
+        if not progress.rows:
+            self._recent.clear()
+        self._recent.append((now, progress.rows, progress.tokens))
+        while len(self._recent) > 2 and self._recent[1][0] < now - _RATE_S:
+            self._recent.popleft()
+
     def status(self, progress: Progress, state: str, now: float) -> Status:
         """Return what is known now."""
-        seconds = now - (self._first_row_s or now)
-        rate = progress.rows / seconds if seconds > 0 else 0.0
+        since, rows, tokens = self._recent[0]
+        seconds = now - since
+        rate = (progress.rows - rows) / seconds if seconds > 0 else 0.0
         left = self._left(progress)
-        price = self._where.gpu_hour_usd
-        spent = None if price is None else self._spent(progress)
+        priced = self._where.gpu_hour_usd is not None
+        run_usd = self._run_usd(progress)
+        more = expected_dollars(run_usd, progress.rows, left)
         return Status(
             state=state,
             updated=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -189,14 +205,14 @@ class Watch:
             total=self._total,
             rejected=dict(sorted(progress.rejects.items())),
             rows_per_s=round(rate, 2),
-            tokens_per_s=round(progress.tokens / seconds, 1) if seconds > 0 else 0.0,
+            tokens_per_s=round((progress.tokens - tokens) / seconds, 1) if seconds > 0 else 0.0,
             eta_s=round(left / rate, 1) if rate else None,
             actors=progress.actors,
             ready_actors=progress.ready_actors,
             queue=progress.queue,
             engine_busy_rate=round(progress.busy_rate, 3),
-            usd_so_far=None if spent is None else round(spent, 4),
-            usd_expected=(None if spent is None else expected_dollars(spent, progress.rows, left)),
+            usd_so_far=round(self._spent_before + run_usd, 4) if priced else None,
+            usd_expected=round(self._spent_before + more, 4) if priced and more else None,
         )
 
     def _write(self, progress: Progress, state: str, now: float) -> None:
@@ -214,19 +230,26 @@ class Watch:
         if status.usd_so_far is not None:
             self._dollars.set(status.usd_so_far, self._labels)
 
-    def _spent(self, progress: Progress) -> float:
+    def _run_usd(self, progress: Progress) -> float:
         gpu_s = progress.held_s * self._where.engine_gpus
         return dollars(gpu_s, self._where.gpu_hour_usd or 0.0)
 
     def _decide(self, progress: Progress, now: float) -> None:
+        if self._budget is not None:
+            self._verdict = self._budget.foresee(
+                rejected=progress.rejects, done=progress.rows, total=self._total
+            )
+            if self._verdict is not None:
+                return
         limit = self._where.max_usd
         if limit is not None:
+            spent = self._spent_before + self._run_usd(progress)
             # What the actors cost until we look again is spent before we can stop them.
             next_look = dollars(progress.actors * self._where.engine_gpus * 4 * _STATUS_S, 1.0)
             ahead = next_look * (self._where.gpu_hour_usd or 0.0)
-            if self._spent(progress) + ahead >= limit:
+            if spent + ahead >= limit:
                 self._verdict = MoneySpent(
-                    f"stopped at ${self._spent(progress):.2f} of max_usd ${limit:g}, with "
+                    f"stopped at ${spent:.2f} of max_usd ${limit:g}, earlier runs included, with "
                     f"{self._left(progress)} of {self._total} rows left. Finished blocks are kept: "
                     "run again with more (--where.max-usd) to go on"
                 )
@@ -263,8 +286,21 @@ def curves(home: Storage) -> list[list[dict[str, Any]]]:
     return [json.loads(home.get(path)) for path in home.list(_CURVES)]
 
 
+def _spent_by_earlier_runs(home: Storage) -> float:
+    if not home.exists(STATUS):
+        return 0.0
+    return float(json.loads(home.get(STATUS)).get("usd_so_far") or 0.0)
+
+
 @contextmanager
-def watching(home: Storage, done: int, total: int, where: Where, lease: Lease) -> Iterator[Watch]:
+def watching(
+    home: Storage,
+    done: int,
+    total: int,
+    where: Where,
+    lease: Lease,
+    budget: RejectBudget | None = None,
+) -> Iterator[Watch]:
     """Start a tally and watch it while the block runs.
 
     Args:
@@ -275,7 +311,16 @@ def watching(home: Storage, done: int, total: int, where: Where, lease: Lease) -
     # On the driver's node: no other node takes it down with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote(name)
-    watch = Watch(tally, home, name=name, done=done, total=total, where=where, lease=lease)
+    watch = Watch(
+        tally,
+        home,
+        name=name,
+        done=done,
+        total=total,
+        where=where,
+        lease=lease,
+        budget=budget,
+    )
     watch.start()
     state = "stopped"
     try:

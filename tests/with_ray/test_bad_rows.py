@@ -108,6 +108,7 @@ def test_rejects_are_tried_again_by_reason_and_the_newest_answer_counts(
     assert second.counts["rows"] == 5
     assert second.counts["rejected"] == 1
     assert second.fingerprint != first.fingerprint
+    assert second.facts == first.facts  # how fast the job was, not the retry of a row
     rows = captions(where, step)
     assert rows["1.png"].text
     assert rows["2.png"].reject == Reject.NOT_AN_IMAGE

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job that will end with too many rejects ends before the rest is paid for."""
+
+from collections import Counter
+
+import pytest
+
+from sg4v_ray.core.errors import TooManyRejects
+from sg4v_ray.core.rejects import RejectBudget
+
+BUDGET = RejectBudget(max_reject_rate=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rejects", "done", "total", "ends"),
+    [
+        pytest.param(20_000, 500_000, 1_200_000, False, id="within the budget"),
+        pytest.param(24_500, 500_000, 1_200_000, False, id="blocks that ran twice count twice"),
+        pytest.param(26_500, 500_000, 1_200_000, True, id="sure, whatever comes"),
+        pytest.param(900, 1000, 1_200_000, True, id="nearly all from the start"),
+        pytest.param(900, 990, 1_200_000, False, id="too early to tell"),
+        pytest.param(400, 1000, 1_200_000, False, id="a bad beginning"),
+        pytest.param(1, 10, 20, True, id="a few rows and no reject allowed"),
+    ],
+)
+def test_what_is_foreseen(rejects: int, done: int, total: int, ends: bool) -> None:
+    found = BUDGET.foresee(rejected=Counter(cut_off=rejects), done=done, total=total)
+    assert (found is not None) == ends
+    if found is not None:
+        assert f"{rejects} cut_off" in str(found)
+
+
+def test_a_budget_of_everything_ends_nothing() -> None:
+    everything = RejectBudget(max_reject_rate=1.0)
+    assert everything.foresee(rejected=Counter(missing=5000), done=5000, total=5000) is None
+
+
+def test_the_share_of_all_rows_decides_at_the_end() -> None:
+    BUDGET.check(rejected=Counter(missing=2), total=100)
+    with pytest.raises(TooManyRejects, match="3 of 100 rows were rejected"):
+        BUDGET.check(rejected=Counter(missing=3), total=100)
