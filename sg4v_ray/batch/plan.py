@@ -109,7 +109,6 @@ def run(
         index: folder of Parquet files with a unique `id` column.
         home: the artifact's folder; rows land in `rows_of(attempt)`, and a killed run resumes
             from what lies there.
-
         budget: ends the run as soon as it is sure to be passed; None never does.
 
     Returns:

@@ -211,7 +211,7 @@ class Watch:
             ready_actors=progress.ready_actors,
             queue=progress.queue,
             engine_busy_rate=round(progress.busy_rate, 3),
-            usd_so_far=round(self._spent_before + run_usd, 4) if priced else None,
+            usd_so_far=round(self._spent_before + run_usd, 4) or (0.0 if priced else None),
             usd_expected=round(self._spent_before + more, 4) if priced and more else None,
         )
 
@@ -236,10 +236,11 @@ class Watch:
 
     def _decide(self, progress: Progress, now: float) -> None:
         if self._budget is not None:
-            self._verdict = self._budget.foresee(
+            passed = self._budget.foresee(
                 rejected=progress.rejects, done=progress.rows, total=self._total
             )
-            if self._verdict is not None:
+            if passed is not None:
+                self._verdict = passed
                 return
         limit = self._where.max_usd
         if limit is not None:
