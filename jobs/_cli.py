@@ -141,13 +141,18 @@ def ray_session(*, trains: bool = False) -> Iterator[None]:
 
 def start_ray(*, num_cpus: int, include_dashboard: bool = False, **settings: Any) -> None:
     """Start Ray on this machine alone."""
-    # Ray ends idle workers after a second as soon as it has more of them than CPUs, actors
-    # counted. On a small machine that is always: each task would import Ray and pandas anew.
     ray.init(
         "local",
         num_cpus=num_cpus,
         include_dashboard=include_dashboard,
-        _system_config={"idle_worker_killing_time_threshold_ms": 60_000},
+        _system_config={
+            # Ray ends idle workers after a second as soon as it has more of them than CPUs, actors
+            # counted. On a small machine that is always: each task would import Ray anew.
+            "idle_worker_killing_time_threshold_ms": 60_000,
+            # Every process reports its tasks each second, to a table that only grows: 40 MB in a
+            # million rows. It is for `ray list tasks`, which a session of one job does without.
+            "task_events_report_interval_ms": 0,
+        },
         **settings,
     )
 
