@@ -2,6 +2,7 @@
 """A deadline sizes the pool by measured speed, and a money cap ends a job that can go on."""
 
 import json
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ def where(site: Site, **changes: object) -> Where:
     return Where(**fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.scale
 def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
     tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -49,10 +51,12 @@ def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
     with caplog.at_level("INFO", logger="sg4v_ray"):
         _steps.caption_images(step, where(site, max_actors=4, finish_by="25s"))
     site.check_exactly_once()
-    assert "rows/s an actor: " in caplog.text
+    sized = re.search(r"rows/s an actor: (\d) actors from here on", caplog.text)
+    assert sized is not None
     (curve,) = curves(site.storage.sub(step.out.path))
     actors = [point["actors"] for point in curve]
-    assert actors[0] <= 1 < max(actors) <= 4
+    assert 1 < max(actors) <= 4
+    assert actors[-1] <= int(sized[1])
 
 
 def exported() -> set[str]:
