@@ -12,6 +12,7 @@ The commit does not trust it either: it counts (`verify`).
 
 import json
 import logging
+import math
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -60,13 +61,26 @@ class Flow:
     batch_size: int = 16
     """Rows of one call of the work actor."""
     batches_in_flight: int = 8
-    """Calls that run at once in one actor; times `batch_size` it should exceed the engine's
-    capacity, or rows of its decoding batch stay empty."""
+    """Blocks that one actor works on at once; each keeps at least a batch inside the engine."""
 
     def __post_init__(self) -> None:
         for name in ("rows_per_block", "batch_size", "batches_in_flight"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def check_fills(self, capacity: int) -> None:
+        """Raise ConfigError if an engine of that many rows may never have them all.
+
+        Without this a large accelerator would run half empty, without a word.
+        """
+        rows = self.batch_size * self.batches_in_flight
+        if rows < capacity:
+            needed = math.ceil(capacity / self.batch_size)
+            raise ConfigError(
+                f"flow.batch_size {self.batch_size} x flow.batches_in_flight "
+                f"{self.batches_in_flight} = {rows} rows, fewer than engine.capacity {capacity}; "
+                f"give flow.batches_in_flight at least {needed}, or the engine a smaller capacity"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

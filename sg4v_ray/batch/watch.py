@@ -100,7 +100,7 @@ class Watch:
         self._recent = deque([(self._started_s, 0, 0)])
         """When how many rows and tokens were done."""
         self._sized = where.finish_by is None
-        self._verdict: Exception | None = None
+        self._verdicts: deque[Exception] = deque(maxlen=1)
         self._written_s = self._drawn_s = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="watch", daemon=True)
@@ -121,9 +121,8 @@ class Watch:
 
     def check(self) -> None:
         """Raise what ends the plan now: LeaseLost, MoneySpent, Resize. Otherwise return at once."""
-        verdict, self._verdict = self._verdict, None
-        if verdict is not None:
-            raise verdict
+        if self._verdicts:
+            raise self._verdicts.popleft()
         if not self._thread.is_alive():
             raise Sg4vError(
                 "the watch over this job ended, its traceback is above; nothing is lost, run again"
@@ -157,7 +156,7 @@ class Watch:
             try:
                 self._lease.check()
             except LeaseLost as error:  # for the plan's thread
-                self._verdict = error
+                self._verdicts.append(error)
                 return
             self._decide(progress, now)
 
@@ -240,7 +239,7 @@ class Watch:
                 rejected=progress.rejects, done=progress.rows, total=self._total
             )
             if passed is not None:
-                self._verdict = passed
+                self._verdicts.append(passed)
                 return
         limit = self._where.max_usd
         if limit is not None:
@@ -249,11 +248,12 @@ class Watch:
             next_look = dollars(progress.actors * self._where.engine_gpus * 4 * _STATUS_S, 1.0)
             ahead = next_look * (self._where.gpu_hour_usd or 0.0)
             if spent + ahead >= limit:
-                self._verdict = MoneySpent(
+                spent_all = MoneySpent(
                     f"stopped at ${spent:.2f} of max_usd ${limit:g}, earlier runs included, with "
                     f"{self._left(progress)} of {self._total} rows left. Finished blocks are kept: "
                     "run again with more (--where.max-usd) to go on"
                 )
+                self._verdicts.append(spent_all)
                 return
         if not self._sized:
             self._size(progress, now)
@@ -279,7 +279,7 @@ class Watch:
             needed = self._where.max_actors
         _log.info("%.2f rows/s an actor: %d actors from here on", pace.rows_per_actor_s, needed)
         if needed != self._where.min_actors:
-            self._verdict = Resize(needed)
+            self._verdicts.append(Resize(needed))
 
 
 def curves(home: Storage) -> list[list[dict[str, Any]]]:

@@ -78,6 +78,9 @@ class CaptionStep:
     out: Ref
     flow: Flow = Flow()
 
+    def __post_init__(self) -> None:
+        self.flow.check_fills(self.engine.capacity)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreStep:
@@ -104,6 +107,9 @@ class EvaluateStep:
     report: str
     """File below the root that gets the figures as JSON."""
     flow: Flow = Flow()
+
+    def __post_init__(self) -> None:
+        self.flow.check_fills(self.engine.capacity)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,3 +55,12 @@ def test_a_language_that_nobody_can_tell_is_refused(tmp_path: Path) -> None:
     unknown = replace(config(), quality=QualityConfig(language="xx"))
     with pytest.raises(ConfigError, match="language 'xx' is not one of"):
         stage(unknown, EngineConfig(kind="hf"), tmp_path)
+
+
+def test_an_engine_larger_than_what_flows_into_it_is_refused() -> None:
+    step = RECIPES["demo"]().caption
+    assert step is not None
+    with pytest.raises(
+        ConfigError, match=r"= 128 rows, fewer than engine.capacity 256; .* least 8"
+    ):
+        replace(step, engine=replace(step.engine, capacity=256))
