@@ -4,6 +4,7 @@
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,18 @@ _ROOT = "--where.root"
 
 
 def main(run: Callable[[], None]) -> None:
-    """Run a job: errors raised on purpose end it with their text alone, and exit code 1."""
+    """Run a job: errors raised on purpose end it with their text alone, and exit code 1; Ctrl-C
+    ends it with 130, as shells have it.
+    """
     set_up_logging()
     try:
         run()
     except Sg4vError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; what is written is kept, run the same again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def parse(

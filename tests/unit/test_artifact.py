@@ -40,8 +40,10 @@ def finish(storage: Storage, config: object) -> None:
 
 
 def test_an_artifact_without_a_manifest_does_not_exist(storage: Storage) -> None:
+    with pytest.raises(ArtifactMissing, match=r"captions@v1 is not finished.*Run the job that"):
+        find(storage, REF)
     begin(storage, REF, {"beams": 3})
-    with pytest.raises(ArtifactMissing, match="captions@v1 is not finished"):
+    with pytest.raises(ArtifactMissing, match=r"captions@v1 is not finished.*run its job again"):
         find(storage, REF)
     assert not is_finished(storage, REF, config={"beams": 3})
 

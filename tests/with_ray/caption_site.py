@@ -70,6 +70,11 @@ class Driver:
         self._process.kill()
         self._process.wait()
 
+    def interrupt(self) -> int:
+        """End it as Ctrl-C does and return its exit code."""
+        self._process.send_signal(signal.SIGINT)
+        return self.wait()
+
     def succeed(self) -> None:
         """Wait for its end; it must have succeeded."""
         assert self.wait() == 0, self.errors[-3000:]

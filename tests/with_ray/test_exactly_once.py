@@ -114,6 +114,17 @@ def test_of_two_jobs_on_one_artifact_from_two_clusters_one_goes_on(
     site.check_exactly_once()
 
 
+def test_a_job_that_its_user_stops_says_how_to_go_on(tmp_path: Path, tiny_model: Path) -> None:
+    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 400)
+    driver = site.drive()
+    driver.until(lambda: site.committed() > 0)
+    assert driver.interrupt() == 128 + signal.SIGINT
+    assert driver.errors.rstrip().endswith("run the same again to go on")
+    assert "Traceback" not in driver.errors
+    site.drive().succeed()
+    site.check_exactly_once()
+
+
 def test_a_job_that_was_overtaken_stops_and_commits_nothing(
     tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -124,6 +135,7 @@ def test_a_job_that_was_overtaken_stops_and_commits_nothing(
     assert site.storage.create(f"{CAPTIONS.path}/lease/000002.json", b"{}")
     assert driver.wait() == 1
     assert "LeaseLost: writer 2 took over" in driver.errors
+    assert "open an issue" not in driver.errors  # Ray's, for what it takes for its own bugs
     assert not is_finished(site.storage, CAPTIONS, config={})
 
 
