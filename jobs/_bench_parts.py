@@ -253,7 +253,7 @@ def actors(bench: Settings) -> None:
     made = stage.work
     stage = replace(stage, work=lambda one: replace(made(one), actor=site.GenerateEqualLengths))
     start_ray(num_cpus=bench.actors + 8, log_to_driver=False)
-    flow = Flow(rows_per_block=50, batch_size=5, batches_in_flight=3)
+    flow = Flow(rows_per_block=100, batch_size=25, batches_in_flight=2)
     stages.write_rows(stage, flow=flow, where=where)
     curve = curves(Storage(f"{bench.root}/{stage.out.path}"))[-1]
     ray.shutdown()

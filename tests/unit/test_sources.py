@@ -62,12 +62,14 @@ def test_a_missing_folder_is_refused(where: Where, path: str) -> None:
 def test_files_that_are_not_named_like_images_are_left_out_with_a_word(
     where: Where, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
     for name in ("a.png", "a.txt", "b.json"):
-        (tmp_path / name).write_bytes(b"1")
+        (folder / name).write_bytes(b"1")
     with caplog.at_level("INFO", logger="sg4v_ray"):
-        rows = index(where, Folder(path=str(tmp_path)))
+        rows = index(where, Folder(path=str(folder)))
     assert [one.id for one in rows] == ["a.png"]
-    assert f"left out 2 files that are not named like images, e.g. {tmp_path}/a.txt" in caplog.text
+    assert f"left out 2 files that are not named like images, e.g. {folder}/a.txt" in caplog.text
 
 
 def test_a_wrong_first_attempt_binds_nobody(where: Where, tmp_path: Path) -> None:

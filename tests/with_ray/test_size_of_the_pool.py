@@ -2,7 +2,6 @@
 """A deadline sizes the pool by measured speed, and a money cap ends a job that can go on."""
 
 import json
-import logging
 import re
 import threading
 from dataclasses import replace
@@ -44,14 +43,8 @@ def where(site: Site, **changes: object) -> Where:
 
 
 def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
-    tmp_path: Path,
-    tiny_model: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Ray logs the end of the first plan with its traceback. Pytest would keep that, and with it
-    # the first pool's actors and their CPUs, of which the second plan may need the last one.
-    monkeypatch.setattr(logging.getLogger("ray.data"), "propagate", False)
     site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 400)
     step = captioning()
     with caplog.at_level("INFO", logger="sg4v_ray"):
