@@ -246,13 +246,15 @@ def actors(bench: Settings) -> None:
         engine_cpus=1.0,
         progress=False,
     )
-    # 5 rows in its batch, 8 tokens each, a token every 125 ms: 5 images a second.
-    engine = EngineConfig(kind="fake", capacity=5, max_model_len=512, latency_s=0.125)
+    # 5 rows in its batch, 8 tokens each, all of them in a step of 1 s: 5 images a second.
+    engine = EngineConfig(
+        kind="fake", capacity=5, max_model_len=512, latency_s=1.0, tokens_per_step=8
+    )
     out = f"actors-{bench.actors}"
     stage = _stage(bench.root, engine, embedded.CAPTIONER, out, where)
     made = stage.work
     stage = replace(stage, work=lambda one: replace(made(one), actor=site.GenerateEqualLengths))
-    start_ray(num_cpus=bench.actors + 8, log_to_driver=False)
+    start_ray(num_cpus=bench.actors + 3, log_to_driver=False)
     flow = Flow(rows_per_block=100, batch_size=25, batches_in_flight=2)
     stages.write_rows(stage, flow=flow, where=where)
     curve = curves(Storage(f"{bench.root}/{stage.out.path}"))[-1]
