@@ -260,7 +260,8 @@ def actors(bench: Settings) -> None:
     curve = curves(Storage(f"{bench.root}/{stage.out.path}"))[-1]
     ray.shutdown()
     full = [point for point in curve if point["actors"] == bench.actors]
-    steady = full[len(full) // 4 : -max(1, len(full) // 4)]
+    # The second half without its end: until then actors still fill up, one after another.
+    steady = full[len(full) // 2 : -max(1, len(full) // 8)]
     first, last = steady[0], steady[-1]
     rate = (last["rows"] - first["rows"]) / (last["seconds"] - first["seconds"])
     say(part="actors", actors=bench.actors, images_per_s=round(rate, 3))
