@@ -25,9 +25,13 @@ T = TypeVar("T")
 _ROOT = "--where.root"
 
 
-def main(run: Callable[[], None]) -> None:
+def main(
+    run: Callable[[], None],
+    *,
+    stopped: str = "what is written is kept, run the same again to go on",
+) -> None:
     """Run a job: errors raised on purpose end it with their text alone, and exit code 1; Ctrl-C
-    ends it with 130, as shells have it.
+    ends it with 130, as shells have it, and says what it leaves (`stopped`).
     """
     set_up_logging()
     try:
@@ -36,7 +40,7 @@ def main(run: Callable[[], None]) -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped; what is written is kept, run the same again to go on", file=sys.stderr)
+        print(f"stopped; {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 

@@ -195,4 +195,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, stopped="nothing was measured, a bench begins anew")

@@ -10,6 +10,7 @@ with a file write, and says so in a warning at best; so the plan is built here a
 The commit does not trust it either: it counts (`verify`).
 """
 
+import gc
 import json
 import logging
 import math
@@ -48,6 +49,8 @@ _log = logging.getLogger(__name__)
 LIGHT_CPUS = 0.25
 """What a read or write task reserves: at 1 CPU each they would starve the engine of a
 2-CPU machine, and the plan would wait for ever."""
+_FILTER_CPUS = 1.0
+"""What Ray's actor reserves that takes finished rows out when a job is resumed."""
 _MARK = "SG4V_WRITER"
 _PENDING = ".pending.parquet"
 
@@ -171,6 +174,9 @@ def _execute_resizing(
     home: Storage,
 ) -> None:
     """Execute the plan; when the watch wants another number of actors, stop and build it again."""
+    if where.finish_by is not None:
+        # While the speed is measured Ray would start actors that the deadline may not need.
+        where = replace(where, max_actors=where.min_actors)
     initial_actors = where.min_actors
     while True:
         mark = uuid.uuid4().hex
@@ -180,13 +186,15 @@ def _execute_resizing(
         except _Ended as ended:
             if not isinstance(ended.verdict, Resize):
                 raise ended.verdict from None
-            initial_actors = max(where.min_actors, ended.verdict.actors)
             ray.get(watch.tally.drop_pool.remote())
-            where = replace(where, max_actors=initial_actors)
-            _wait_for_old_writers(home)
+            where = replace(where, max_actors=ended.verdict.actors)
+            initial_actors = _initial_actors(where)
         except Sg4vError as error:
             # Ray's error is also of the type that it carries, with a page of traceback as text.
             raise getattr(error, "cause", error) from None
+        # Actors live as long as what refers to them: the ended plan's objects, in circles.
+        gc.collect()
+        _wait_for_old_writers(home)
 
 
 class _Ended(ExecutionTimeoutError):
@@ -301,6 +309,8 @@ def _protected(checkpoint: Storage) -> Iterator[None]:
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
     )
+    # Ten by default, a CPU each, that the engines and their decoders then lack.
+    context.checkpoint_config.checkpoint_actor_pool_max_size = 1
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
     # The newer reader starts up to 32 actors to look at Parquet footers: a minute on two cores,
@@ -318,19 +328,55 @@ def check_cluster(where: Where) -> None:
 
     Without this a plan that is too big waits for ever, without a word.
     """
-    # Of an autoscaling cluster, what it may grow to.
-    grown = cluster_state.state.get_max_resources_from_cluster_config() or {}
-    have = {key: max(value, grown.get(key, 0)) for key, value in ray.cluster_resources().items()}
-    have = grown | have
-    need_cpus = where.min_actors * where.engine_cpus + 2 * LIGHT_CPUS + where.decode_cpus
-    need_gpus = where.min_actors * where.engine_gpus
-    if have.get("CPU", 0) < need_cpus or have.get("GPU", 0) < need_gpus:
+    have = _grown_resources()
+    if _room(where, have) < where.min_actors:
+        need_cpus = where.min_actors * where.engine_cpus + _light_cpus(where)
+        need_gpus = where.min_actors * where.engine_gpus
         raise ConfigError(
             f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
             f"{where.min_actors} engine(s) of {where.engine_cpus:g} CPUs and "
             f"{where.engine_gpus:g} GPUs and the light tasks need {need_cpus:g} and "
             f"{need_gpus:g}. Lower --where.engine-cpus or --where.min-actors, or add nodes."
         )
+
+
+def _initial_actors(where: Where) -> int:
+    """Return how many of `max_actors` this cluster holds now; Ray starts the others as it grows.
+
+    Asked for more, Ray would give the light tasks' CPUs to engines, which then wait for rows for
+    ever.
+    """
+    if (room := _room(where, _grown_resources())) < where.max_actors:
+        _log.warning(
+            "%d actors are wanted, the cluster has room for %d. Add nodes, or lower "
+            "--where.engine-cpus",
+            where.max_actors,
+            room,
+        )
+    return max(where.min_actors, min(where.max_actors, _room(where, ray.cluster_resources())))
+
+
+def _grown_resources() -> dict[str, float]:
+    """Return the cluster's resources; of an autoscaling one, what it may grow to."""
+    grown = cluster_state.state.get_max_resources_from_cluster_config() or {}
+    have = ray.cluster_resources()
+    return grown | have | {key: max(have.get(key, 0), most) for key, most in grown.items()}
+
+
+def _light_cpus(where: Where) -> float:
+    """Return the CPUs of one task each that reads, filters, decodes and writes.
+
+    The filter runs in a resumed job only; but a job that starts must be able to resume.
+    """
+    return 2 * LIGHT_CPUS + _FILTER_CPUS + where.decode_cpus
+
+
+def _room(where: Where, have: dict[str, float]) -> int:
+    """Return how many engines fit into these resources beside the light tasks."""
+    needs = {"CPU": where.engine_cpus, "GPU": where.engine_gpus}
+    free = {**have, "CPU": have.get("CPU", 0) - _light_cpus(where)}
+    fits = [free.get(key, 0) / need for key, need in needs.items() if need]
+    return max(0, math.floor(min(fits, default=math.inf)))
 
 
 def _pending(checkpoint: Storage) -> list[str]:

@@ -282,6 +282,7 @@ class Watch:
                 takes_s / 3600,
             )
             needed = self._where.max_actors
+        needed = max(needed, self._where.min_actors)
         _log.info("%.2f rows/s an actor: %d actors from here on", pace.rows_per_actor_s, needed)
         if needed != self._where.min_actors:
             self._verdicts.append(Resize(needed))

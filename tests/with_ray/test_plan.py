@@ -19,6 +19,7 @@ from sg4v_ray.batch import plan
 from sg4v_ray.batch.plan import Flow, Work
 from sg4v_ray.batch.watch import STATUS
 from sg4v_ray.captions.quality import QualityConfig
+from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.rows import put_rows, read_columns
@@ -64,12 +65,8 @@ class Worker:
         yield batch
 
 
-def test_decoding_never_runs_inside_the_engines_actor(tmp_path: Path) -> None:
-    # Ray would run both steps as one, as soon as they ask for the same resources.
-    where = Where(root=str(tmp_path), engine_cpus=0.5, decode_cpus=0.5, progress=False)
-    storage = Storage(where.root)
-    rows = [ImageRow(id=str(n), source="s", uri="/x", size_bytes=1) for n in range(20)]
-    put_rows(storage.sub("index"), "part-0.parquet", ImageRow, rows)
+def send(storage: Storage, where: Where) -> None:
+    """Run the plan over what the index has now."""
     home = storage.sub("out/v1")
     with hold(home) as lease:
         plan.run(
@@ -81,9 +78,38 @@ def test_decoding_never_runs_inside_the_engines_actor(tmp_path: Path) -> None:
             where=where,
             lease=lease,
         )
-    found = read_columns(home.sub(plan.rows_of(1)), ["prepared", "worked"]).to_pylist()
+
+
+def add_rows(storage: Storage, part: int) -> None:
+    """Write 20 more rows into the index."""
+    ids = range(20 * part, 20 * part + 20)
+    rows = [ImageRow(id=str(n), source="s", uri="/x", size_bytes=1) for n in ids]
+    put_rows(storage.sub("index"), f"part-{part}.parquet", ImageRow, rows)
+
+
+def test_decoding_never_runs_inside_the_engines_actor(tmp_path: Path) -> None:
+    # Ray would run both steps as one, as soon as they ask for the same resources.
+    where = Where(root=str(tmp_path), engine_cpus=0.5, decode_cpus=0.5, progress=False)
+    storage = Storage(where.root)
+    add_rows(storage, 0)
+    send(storage, where)
+    found = read_columns(storage.sub("out/v1").sub(plan.rows_of(1)), ["prepared", "worked"])
     assert len(found) == 20
-    assert all(row["prepared"] != row["worked"] for row in found)
+    assert all(row["prepared"] != row["worked"] for row in found.to_pylist())
+
+
+@pytest.mark.timeout(300)
+def test_the_largest_engine_that_may_start_a_job_can_also_resume_it(tmp_path: Path) -> None:
+    # Ray filters finished rows out with an actor of a whole CPU, which a first run does not need.
+    where = Where(root=str(tmp_path), engine_cpus=2.0, progress=False)  # of 4
+    storage = Storage(where.root)
+    for part in range(2):
+        add_rows(storage, part)
+        send(storage, where)
+    assert len(read_columns(storage.sub("out/v1").sub(plan.rows_of(1)), ["id"])) == 40
+    add_rows(storage, 2)
+    with pytest.raises(ConfigError, match=r"need 4\.1 and 0\. Lower --where\.engine-cpus"):
+        send(storage, replace(where, engine_cpus=2.1))
 
 
 class StalledWriters:

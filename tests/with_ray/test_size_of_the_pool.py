@@ -54,9 +54,8 @@ def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
     assert sized is not None
     (curve,) = curves(site.storage.sub(step.out.path))
     actors = [point["actors"] for point in curve]
-    assert 1 < max(actors) <= 4
-    assert int(sized[1]) in actors
-    assert actors[-1] <= int(sized[1])
+    assert 1 < max(actors) <= int(sized[1]), curve
+    assert all(point["actors"] <= 1 for point in curve if point["rows"] < 64), curve
 
 
 def exported() -> set[str]:
@@ -66,11 +65,11 @@ def exported() -> set[str]:
     return {line.partition("{")[0] for line in found.text.splitlines() if "ray_sg4v_" in line[:9]}
 
 
-def test_a_job_says_that_it_will_be_late_and_prometheus_has_its_metrics(
+def test_a_job_that_is_late_takes_what_there_is_and_says_so_and_prometheus_has_its_metrics(
     tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 120, gone=1)
-    late = where(site, max_actors=1, finish_by="2s", engine_gpus=0.5, gpu_hour_usd=1.0)
+    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 240, gone=1)
+    late = where(site, max_actors=16, finish_by="2s", engine_gpus=0.5, gpu_hour_usd=1.0)
     job = threading.Thread(target=_steps.caption_images, args=(captioning(), late))
     job.start()
     seen: set[str] = set()
@@ -80,6 +79,8 @@ def test_a_job_says_that_it_will_be_late_and_prometheus_has_its_metrics(
     site.check_exactly_once()
     assert "finish_by 2s cannot be made: it needs" in caplog.text
     assert "Raise --where.max-actors" in caplog.text
+    # 16 of them would leave no CPU to the tasks that feed them, and the job would wait for ever.
+    assert "16 actors are wanted, the cluster has room for 4" in caplog.text
     assert seen >= {
         f"ray_{one.name}{'_total' if one.kind == 'counter' else ''}"
         for one in vars(observe).values()
