@@ -9,8 +9,9 @@ import asyncio
 import itertools
 import multiprocessing
 import os
+import subprocess
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import aclosing
 from functools import partial
@@ -170,6 +171,7 @@ class VLLMEngine:
         others = set(multiprocessing.active_children())
         self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._steps.attach])
         self._processes = set(multiprocessing.active_children()) - others
+        self._guard = _end_with_us(self._processes)
 
     async def _pump(self, request: Request, limit: int, put: _Put) -> None:
         """Run one request on vLLM's loop and pass on what it makes."""
@@ -189,6 +191,8 @@ class VLLMEngine:
 
     async def _shut_down(self) -> None:
         self._llm.shutdown(timeout=_GRACE_S)
+        self._guard.kill()
+        self._guard.communicate()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -205,6 +209,23 @@ class VLLMEngine:
         await asyncio.to_thread(self._thread.join)
         self._loop.close()
         self._loop = None
+
+
+def _end_with_us(processes: Iterable[Any]) -> "subprocess.Popen[bytes]":
+    """Start a shell that kills these processes when this one is gone, in whatever way.
+
+    vLLM's core does not notice that its parent was killed, and keeps an accelerator's memory from
+    the engine that is started in its place. The shell waits for the end of a pipe, which the
+    system closes for a process that cannot do so any more.
+    """
+    wait_and_kill = 'read -r _; kill -9 "$@"'
+    pids = [str(one.pid) for one in processes]
+    return subprocess.Popen(
+        ["sh", "-c", wait_and_kill, "end-with-parent", *pids],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # whoever kills our group must not kill it before it has done so
+    )
 
 
 def _executor(on_cpu: bool, tensor_parallel: int) -> Any:

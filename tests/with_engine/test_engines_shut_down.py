@@ -2,7 +2,10 @@
 """Closing and dying: every request learns of it, and nothing is left behind."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -82,6 +85,43 @@ def test_a_killed_core_is_an_engine_error_for_all_not_a_hang(
         run(complete(engine, ask(pictures[0])))
     run(engine.close())
     _, left = psutil.wait_procs(processes, timeout=60)
+    assert left == []
+
+
+_STARTS_AND_WAITS = """
+import asyncio, sys
+from pathlib import Path
+from sg4v_ray.inference.open import EngineConfig, open_engine
+
+async def run():
+    config = EngineConfig(kind="vllm", dtype="float32", max_model_len=512, compile=False)
+    await open_engine(config, Path(sys.argv[1]), threads=1).start()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+if __name__ == "__main__":
+    asyncio.run(run())
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+def test_a_killed_process_takes_its_engines_core_with_it(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    # An orphan would keep the accelerator's memory from the engine that Ray starts instead.
+    script = tmp_path / "starts_and_waits.py"
+    script.write_text(_STARTS_AND_WAITS)
+    owner = subprocess.Popen(
+        [sys.executable, str(script), str(model_folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    assert any(line.strip() == "ready" for line in owner.stdout)
+    children = psutil.Process(owner.pid).children(recursive=True)
+    assert [one for one in children if one.name().startswith("VLLM::")]
+    owner.kill()
+    owner.communicate()
+    _, left = psutil.wait_procs(children, timeout=30)
     assert left == []
 
 
