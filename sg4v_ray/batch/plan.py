@@ -11,15 +11,11 @@ The commit does not trust it either: it counts (`verify`).
 """
 
 import gc
-import json
 import logging
 import math
-import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -27,16 +23,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray._private import state as cluster_state
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
-from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from sg4v_ray.batch.room import LIGHT_CPUS, actors_at_once, check_cluster
 from sg4v_ray.batch.tally import Speed, Tally
 from sg4v_ray.batch.watch import Resize, Watch, watching
+from sg4v_ray.batch.writers import MARK, mark_writers, wait_for_old_writers
 from sg4v_ray.core.errors import ArtifactCorrupt, ConfigError, Sg4vError
 from sg4v_ray.core.lease import Lease
 from sg4v_ray.core.rejects import RejectBudget
@@ -46,12 +41,6 @@ from sg4v_ray.core.where import Where
 
 _log = logging.getLogger(__name__)
 
-LIGHT_CPUS = 0.25
-"""What a read or write task reserves: at 1 CPU each they would starve the engine of a
-2-CPU machine, and the plan would wait for ever."""
-_FILTER_CPUS = 1.0
-"""What Ray's actor reserves that takes finished rows out when a job is resumed."""
-_MARK = "SG4V_WRITER"
 _PENDING = ".pending.parquet"
 
 
@@ -145,7 +134,7 @@ def run(
     speed = Speed()
     if _pending(checkpoint) or len(_finished(checkpoint)) < len(wanted):
         check_cluster(where)
-        _wait_for_old_writers(home)
+        wait_for_old_writers(home)
         finished = _finished(checkpoint)
         with (
             _protected(checkpoint),
@@ -179,8 +168,7 @@ def _execute_resizing(
         where = replace(where, max_actors=where.min_actors)
     initial_actors = where.min_actors
     while True:
-        mark = uuid.uuid4().hex
-        home.put("writer.json", json.dumps({"mark": mark}).encode())
+        mark = mark_writers(home)
         try:
             return _execute(index, out, work, flow, where, watch.tally, mark, initial_actors)
         except _Ended as ended:
@@ -188,13 +176,13 @@ def _execute_resizing(
                 raise ended.verdict from None
             ray.get(watch.tally.drop_pool.remote())
             where = replace(where, max_actors=ended.verdict.actors)
-            initial_actors = _initial_actors(where)
+            initial_actors = actors_at_once(where)
         except Sg4vError as error:
             # Ray's error is also of the type that it carries, with a page of traceback as text.
             raise getattr(error, "cause", error) from None
         # Actors live as long as what refers to them: the ended plan's objects, in circles.
         gc.collect()
-        _wait_for_old_writers(home)
+        wait_for_old_writers(home)
 
 
 class _Ended(ExecutionTimeoutError):
@@ -272,7 +260,7 @@ def _execute(
     rows.write_parquet(
         path,
         filesystem=filesystem,
-        ray_remote_args={"num_cpus": LIGHT_CPUS, "runtime_env": {"env_vars": {_MARK: mark}}},
+        ray_remote_args={"num_cpus": LIGHT_CPUS, "runtime_env": {"env_vars": {MARK: mark}}},
     )
 
 
@@ -323,62 +311,6 @@ def _protected(checkpoint: Storage) -> Iterator[None]:
             setattr(context, name, value)
 
 
-def check_cluster(where: Where) -> None:
-    """Raise ConfigError if the cluster cannot run the smallest form of the plan.
-
-    Without this a plan that is too big waits for ever, without a word.
-    """
-    have = _grown_resources()
-    if _room(where, have) < where.min_actors:
-        need_cpus = where.min_actors * where.engine_cpus + _light_cpus(where)
-        need_gpus = where.min_actors * where.engine_gpus
-        raise ConfigError(
-            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
-            f"{where.min_actors} engine(s) of {where.engine_cpus:g} CPUs and "
-            f"{where.engine_gpus:g} GPUs and the light tasks need {need_cpus:g} and "
-            f"{need_gpus:g}. Lower --where.engine-cpus or --where.min-actors, or add nodes."
-        )
-
-
-def _initial_actors(where: Where) -> int:
-    """Return how many of `max_actors` this cluster holds now; Ray starts the others as it grows.
-
-    Asked for more, Ray would give the light tasks' CPUs to engines, which then wait for rows for
-    ever.
-    """
-    if (room := _room(where, _grown_resources())) < where.max_actors:
-        _log.warning(
-            "%d actors are wanted, the cluster has room for %d. Add nodes, or lower "
-            "--where.engine-cpus",
-            where.max_actors,
-            room,
-        )
-    return max(where.min_actors, min(where.max_actors, _room(where, ray.cluster_resources())))
-
-
-def _grown_resources() -> dict[str, float]:
-    """Return the cluster's resources; of an autoscaling one, what it may grow to."""
-    grown = cluster_state.state.get_max_resources_from_cluster_config() or {}
-    have = ray.cluster_resources()
-    return grown | have | {key: max(have.get(key, 0), most) for key, most in grown.items()}
-
-
-def _light_cpus(where: Where) -> float:
-    """Return the CPUs of one task each that reads, filters, decodes and writes.
-
-    The filter runs in a resumed job only; but a job that starts must be able to resume.
-    """
-    return 2 * LIGHT_CPUS + _FILTER_CPUS + where.decode_cpus
-
-
-def _room(where: Where, have: dict[str, float]) -> int:
-    """Return how many engines fit into these resources beside the light tasks."""
-    needs = {"CPU": where.engine_cpus, "GPU": where.engine_gpus}
-    free = {**have, "CPU": have.get("CPU", 0) - _light_cpus(where)}
-    fits = [free.get(key, 0) / need for key, need in needs.items() if need]
-    return max(0, math.floor(min(fits, default=math.inf)))
-
-
 def _pending(checkpoint: Storage) -> list[str]:
     """Return the notes of blocks that were being written when the last run died."""
     return [path for path in checkpoint.list() if path.endswith(_PENDING)]
@@ -415,52 +347,3 @@ def verify(wanted: pa.ChunkedArray, found: pa.ChunkedArray, *, where: str) -> No
             f"{where}: {'; '.join(problems)}. Nothing was committed. "
             "Make another version (--out.version v2), or delete both folders and run again."
         )
-
-
-def _wait_for_old_writers(home: Storage) -> None:
-    """Wait until no write task of an earlier run is alive on any node of this cluster.
-
-    A killed driver's tasks live a moment longer than it does. One that finished its block after
-    we had read the notes would leave every row of that block twice.
-    """
-    if not home.exists("writer.json"):
-        return
-    mark = json.loads(home.get("writer.json"))["mark"]
-    pause = threading.Event()
-    while _writes_somewhere(mark):
-        _log.info("waiting for write tasks of the previous run to end")
-        pause.wait(0.5)
-
-
-def _writes_somewhere(mark: str) -> bool:
-    """Ask every node; one that dies meanwhile is asked again until the cluster knows it is gone."""
-    asked = [_alive_on(node, mark) for node in ray.nodes() if node["Alive"]]
-    try:
-        return any(ray.get(asked))
-    except (TaskUnschedulableError, WorkerCrashedError, NodeDiedError):
-        return True
-
-
-def _alive_on(node: dict[str, Any], mark: str) -> "ray.ObjectRef[bool]":
-    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return _marked_process.options(scheduling_strategy=strategy).remote(mark)
-
-
-@ray.remote(num_cpus=0)
-def _marked_process(mark: str) -> bool:
-    """Say whether a process of this machine carries the mark in its environment and works.
-
-    A worker whose tasks have ended waits for others of the same environment under another name.
-    """
-    wanted = f"{_MARK}={mark}".encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            is_idle = (entry / "cmdline").read_bytes().startswith(b"ray::IDLE")
-        except OSError:  # ended meanwhile, or another user's
-            continue
-        if wanted in environment and not is_idle:
-            return True
-    return False
