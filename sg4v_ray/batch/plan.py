@@ -4,8 +4,8 @@
     index (Parquet) -> repartition -> prepare (CPU tasks) -> work (actor pool) -> Parquet
 
 The exactly-once part is Ray Data's own checkpoint: the ids of a block are noted as pending, its
-file is written, the note is renamed. On a restart pending blocks are deleted and noted ids are
-filtered out right after the read. Ray protects a plan only when it starts with a read and ends
+file is written, the note is renamed. On a restart Ray deletes pending blocks, and the read tasks
+leave out the noted ids. Ray protects a plan only when it starts with a read and ends
 with a file write, and says so in a warning at best; so the plan is built here and nowhere else.
 The commit does not trust it either: it counts (`verify`).
 """
@@ -16,16 +16,17 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
+from pyarrow import dataset
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data.checkpoint import CheckpointConfig
+from ray.data.checkpoint import CheckpointConfig, IdColumnCheckpointManager
 from ray.data.exceptions import ExecutionTimeoutError
 
 from sg4v_ray.batch.room import LIGHT_CPUS, actors_at_once, check_cluster
@@ -141,7 +142,7 @@ def run(
             watching(home, len(finished), len(wanted), where, lease, budget) as watch,
             _asked_at_every_step(watch),
         ):
-            _execute_resizing(index, rows, work, flow, where, watch, home)
+            _execute_resizing(index, rows, checkpoint, work, flow, where, watch, home)
             speed = ray.get(watch.tally.speed.remote())
     folders = f"{rows.root} and its notes in {checkpoint.root}"
     verify(wanted, read_columns(rows, ["id"])["id"], where=folders)
@@ -156,6 +157,7 @@ def drop_checkpoint(home: Storage, attempt: int) -> None:
 def _execute_resizing(
     index: Storage,
     out: Storage,
+    checkpoint: Storage,
     work: Work,
     flow: Flow,
     where: Where,
@@ -170,7 +172,8 @@ def _execute_resizing(
     while True:
         mark = mark_writers(home)
         try:
-            return _execute(index, out, work, flow, where, watch.tally, mark, initial_actors)
+            rows = _unfinished_rows(index, checkpoint)
+            return _execute(rows, out, work, flow, where, watch.tally, mark, initial_actors)
         except _Ended as ended:
             if not isinstance(ended.verdict, Resize):
                 raise ended.verdict from None
@@ -220,7 +223,7 @@ def _asked_at_every_step(watch: Watch) -> Iterator[None]:
 
 
 def _execute(
-    index: Storage,
+    rows: "ray.data.Dataset",
     out: Storage,
     work: Work,
     flow: Flow,
@@ -229,8 +232,6 @@ def _execute(
     mark: str,
     initial_actors: int,
 ) -> None:
-    filesystem, path = index.arrow()
-    rows = ray.data.read_parquet(path, filesystem=filesystem, num_cpus=LIGHT_CPUS)
     rows = rows.repartition(target_num_rows_per_block=flow.rows_per_block)
     rows = rows.map_batches(
         work.prepare,
@@ -262,6 +263,37 @@ def _execute(
         filesystem=filesystem,
         ray_remote_args={"num_cpus": LIGHT_CPUS, "runtime_env": {"env_vars": {MARK: mark}}},
     )
+
+
+def _unfinished_rows(index: Storage, checkpoint: Storage) -> "ray.data.Dataset":
+    """Return the index without the rows that were written whole."""
+    filesystem, path = index.arrow()
+    rows = ray.data.read_parquet(path, filesystem=filesystem, num_cpus=LIGHT_CPUS)
+    if not len(finished := _finished(checkpoint)):
+        return rows
+    leave_out = partial(_leave_out, finished=ray.put(finished))
+    # As many CPUs as the read: Ray then does both in one task.
+    return rows.map_batches(leave_out, batch_size=None, batch_format="pyarrow", num_cpus=LIGHT_CPUS)
+
+
+def _leave_out(table: pa.Table, *, finished: "ray.ObjectRef[pa.Array]") -> pa.Table:
+    return table.filter(pc.invert(pc.is_in(table["id"], value_set=ray.get(finished))))
+
+
+class _PendingBlocks(IdColumnCheckpointManager):
+    """Lets Ray delete blocks whose writing was cut off, but not filter finished rows.
+
+    Its filter is an actor of a whole CPU and 1 GiB, up to ten of them: a small cluster that could
+    start a job could not resume it.
+    """
+
+    def load_checkpoint(
+        self, data_file_dir: str | None = None, data_file_filesystem: Any = None
+    ) -> tuple[None, int]:
+        """Clean up, and say that there is nothing to filter by."""
+        if data_file_dir is not None:
+            self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
+        return None, 0
 
 
 def _refuse_unprotected(rows: "ray.data.Dataset") -> None:
@@ -296,9 +328,8 @@ def _protected(checkpoint: Storage) -> Iterator[None]:
         checkpoint_path=path,
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=_PendingBlocks,
     )
-    # Ten by default, a CPU each, that the engines and their decoders then lack.
-    context.checkpoint_config.checkpoint_actor_pool_max_size = 1
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
     # The newer reader starts up to 32 actors to look at Parquet footers: a minute on two cores,
@@ -316,19 +347,21 @@ def _pending(checkpoint: Storage) -> list[str]:
     return [path for path in checkpoint.list() if path.endswith(_PENDING)]
 
 
-def _finished(checkpoint: Storage) -> set[str]:
+def _finished(checkpoint: Storage) -> pa.Array:
     """Return the ids of the blocks that were written whole.
 
     Read from the notes and not from the rows: a killed task leaves half a Parquet file, which
     Ray deletes with its pending note when the plan starts again.
     """
     filesystem, path = checkpoint.arrow()
-    ids: set[str] = set()
-    for name in checkpoint.list():
-        if name.endswith(".parquet") and not name.endswith(_PENDING):
-            table = pq.read_table(f"{path}/{name}", columns=["id"], filesystem=filesystem)
-            ids.update(table["id"].to_pylist())
-    return ids
+    names = [
+        one for one in checkpoint.list() if one.endswith(".parquet") and not one.endswith(_PENDING)
+    ]
+    if not names:
+        return pa.array([], pa.string())
+    files = [f"{path}/{name}" for name in names]
+    notes = dataset.dataset(files, format="parquet", filesystem=filesystem)
+    return pc.unique(notes.to_table(columns=["id"])["id"]).cast(pa.string())
 
 
 def verify(wanted: pa.ChunkedArray, found: pa.ChunkedArray, *, where: str) -> None:

@@ -18,8 +18,6 @@ _log = logging.getLogger(__name__)
 LIGHT_CPUS = 0.25
 """What a read or write task reserves: at 1 CPU each they would starve the engine of a
 2-CPU machine, and the plan would wait for ever."""
-_FILTER_CPUS = 1.0
-"""What Ray's actor reserves that takes finished rows out when a job is resumed."""
 
 
 def check_cluster(where: Where) -> None:
@@ -63,11 +61,8 @@ def _grown_resources() -> dict[str, float]:
 
 
 def _light_cpus(where: Where) -> float:
-    """Return the CPUs of one task each that reads, filters, decodes and writes.
-
-    The filter runs in a resumed job only; but a job that starts must be able to resume.
-    """
-    return 2 * LIGHT_CPUS + _FILTER_CPUS + where.decode_cpus
+    """Return the CPUs of one task each that reads, decodes and writes."""
+    return 2 * LIGHT_CPUS + where.decode_cpus
 
 
 def _room(where: Where, have: dict[str, float]) -> int:

@@ -100,8 +100,8 @@ def test_decoding_never_runs_inside_the_engines_actor(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_the_largest_engine_that_may_start_a_job_can_also_resume_it(tmp_path: Path) -> None:
-    # Ray filters finished rows out with an actor of a whole CPU, which a first run does not need.
-    where = Where(root=str(tmp_path), engine_cpus=2.0, progress=False)  # of 4
+    # Ray's filter of finished rows would take a whole CPU, which a first run does not need.
+    where = Where(root=str(tmp_path), engine_cpus=3.0, progress=False)  # of 4
     storage = Storage(where.root)
     for part in range(2):
         add_rows(storage, part)
@@ -109,7 +109,7 @@ def test_the_largest_engine_that_may_start_a_job_can_also_resume_it(tmp_path: Pa
     assert len(read_columns(storage.sub("out/v1").sub(plan.rows_of(1)), ["id"])) == 40
     add_rows(storage, 2)
     with pytest.raises(ConfigError, match=r"need 4\.1 and 0\. Lower --where\.engine-cpus"):
-        send(storage, replace(where, engine_cpus=2.1))
+        send(storage, replace(where, engine_cpus=3.1))
 
 
 class StalledWriters:

@@ -80,7 +80,7 @@ def test_a_job_that_is_late_takes_what_there_is_and_says_so_and_prometheus_has_i
     assert "finish_by 2s cannot be made: it needs" in caplog.text
     assert "Raise --where.max-actors" in caplog.text
     # 16 of them would leave no CPU to the tasks that feed them, and the job would wait for ever.
-    assert "16 actors are wanted, the cluster has room for 4" in caplog.text
+    assert "16 actors are wanted, the cluster has room for 6" in caplog.text
     assert seen >= {
         f"ray_{one.name}{'_total' if one.kind == 'counter' else ''}"
         for one in vars(observe).values()
