@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from sg4v_ray.core.artifact import Ref, begin, commit, find
 from sg4v_ray.core.lease import hold
@@ -19,6 +20,8 @@ from sg4v_ray.core.rows import ROWS, put_rows, read_columns
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.recipes.easy_vqa import CAPTIONS, TEST_IMAGES
 from sg4v_ray.sources import shapes
+
+T = TypeVar("T")
 
 CAPTIONER = Ref(name="fake-captioner")
 ROWS_PER_BLOCK = 20
@@ -79,14 +82,15 @@ class Driver:
         """Wait for its end; it must have succeeded."""
         assert self.wait() == 0, self.errors[-3000:]
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something that it brings about while it lives."""
+    def until(self, condition: Callable[[], T], *, every_s: float = 0.05) -> T:
+        """Wait for something that it brings about while it lives, and return it."""
         deadline = time.monotonic() + 240
         pause = threading.Event()
-        while not condition():
+        while not (found := condition()):
             assert self._process.poll() is None, f"it ended early: {self.errors[-3000:]}"
             assert time.monotonic() < deadline, f"nothing in 240 s: {self.errors[-3000:]}"
-            pause.wait(0.05)
+            pause.wait(every_s)
+        return found
 
     def below(self, title: str) -> list[int]:
         """Return the processes below it whose command line contains a title."""
@@ -153,10 +157,10 @@ def write_index(storage: Storage, rows: list[ImageRow]) -> None:
     finish(storage, TEST_IMAGES, attempts=(ROWS,))
 
 
-def finish(storage: Storage, ref: Ref, **fields: object) -> None:
+def finish(storage: Storage, ref: Ref, **fields: Any) -> None:
     """Commit an artifact whose files are there."""
     with hold(begin(storage, ref, {})) as lease:
-        commit(storage, ref, config={}, inputs={}, counts={}, lease=lease, **fields)  # type: ignore[arg-type]
+        commit(storage, ref, config={}, inputs={}, counts={}, lease=lease, **fields)
 
 
 def processes(title: str, below: int) -> Iterator[int]:
