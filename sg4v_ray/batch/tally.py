@@ -37,6 +37,8 @@ class Progress:
     """What was finished since this run started. Rows of a retried block count again."""
 
     rows: int = 0
+    last_s: float = 0.0
+    """When the last of them was finished, by the monotonic clock of the driver's machine."""
     tokens: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     actors: int = 0
@@ -103,7 +105,6 @@ class Tally:
         self._earlier = Progress()
         """Seconds of actors of pools that are gone."""
         self._ready_s: float | None = None
-        self._last_s = 0.0
         self._labels = {"artifact": artifact}
         self._rows, self._tokens, self._rejected, self._engine_s = (
             MetricCounter(one.name, one.description, one.labels)
@@ -145,7 +146,7 @@ class Tally:
             ids: the rows that were in the engine and came out alive; see `Strikes.leave`.
         """
         self._strikes.leave(engine, ids)
-        self._last_s = time.monotonic()
+        self._progress.last_s = time.monotonic()
         self._progress.rows += rows
         self._progress.tokens += tokens
         self._progress.rejects.update(rejects)
@@ -210,4 +211,4 @@ class Tally:
         rows = self._progress.rows
         if self._ready_s is None or not rows:
             return Speed()
-        return Speed(rows, round(rows / max(1e-3, self._last_s - self._ready_s), 2))
+        return Speed(rows, round(rows / max(1e-3, self._progress.last_s - self._ready_s), 2))

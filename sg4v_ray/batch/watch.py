@@ -224,6 +224,7 @@ class Watch:
             {
                 "seconds": seconds,
                 "rows": progress.rows,
+                "last_row_s": round(max(0.0, progress.last_s - self._started_s), 3),
                 "tokens": progress.tokens,
                 "actors": progress.ready_actors,
             }
@@ -289,7 +290,10 @@ class Watch:
 
 
 def curves(home: Storage) -> list[list[dict[str, Any]]]:
-    """Return rows, tokens and ready actors by second of each run at an artifact, oldest first."""
+    """Return rows, tokens and ready actors by second of each run at an artifact, oldest first.
+
+    `last_row_s` is when the last of the rows was finished, on the clock of `seconds`.
+    """
     return [json.loads(home.get(path)) for path in home.list(_CURVES)]
 
 
