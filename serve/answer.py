@@ -2,7 +2,7 @@
 """From an engine's tokens to text: whole characters, stop texts cut, a deadline kept."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ def _overlap(text: str, stop: str) -> int:
 
 async def answer(
     engine: Engine, job: Job, *, text: TextStream, timeout_s: float
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece, None]:
     """Yield the answer in pieces. Closing this iterator aborts the request in the engine.
 
     Raises:
@@ -70,7 +70,7 @@ async def answer(
     stop = StopText(job.stop)
     num_tokens = 0
     deadline = asyncio.get_running_loop().time() + timeout_s
-    async with aclosing(engine.generate(job.request)) as deltas:  # type: ignore[type-var]
+    async with aclosing(engine.generate(job.request)) as deltas:
         while True:
             async with asyncio.timeout_at(deadline):
                 delta = await anext(deltas, None)

@@ -2,7 +2,7 @@
 """The deployment that answers HTTP and hands jobs to the models' replicas."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -55,7 +55,7 @@ class Handles:
             key: one.options(method_name="stream", stream=True) for key, one in handles.items()
         }
 
-    async def stream(self, model_id: str, job: Job) -> AsyncIterator[Piece]:
+    async def stream(self, model_id: str, job: Job) -> AsyncGenerator[Piece, None]:
         """Yield an answer; closing this iterator aborts it in the engine."""
         pieces = self._pieces[model_id].remote(job)
         try:

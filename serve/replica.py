@@ -4,7 +4,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +58,12 @@ class Replica:
         seconds = time.monotonic() - started
         _log.info("%s (%s) is ready after %.1f s", config.id, config.artifact, seconds)
 
-    async def stream(self, job: Job) -> AsyncIterator[Piece]:
+    async def stream(self, job: Job) -> AsyncGenerator[Piece, None]:
         """Yield an answer in pieces."""
         text = self._conversation.stream()
         pieces = answer(self._engine, job, text=text, timeout_s=self._timeout_s)
         try:
-            async with aclosing(pieces) as opened:  # type: ignore[type-var]
+            async with aclosing(pieces) as opened:
                 async for piece in opened:
                     yield piece
         except (EngineError, TimeoutError):
@@ -73,7 +73,7 @@ class Replica:
     async def complete(self, job: Job) -> Piece:
         """Return an answer whole: one message between processes instead of hundreds."""
         texts = []
-        async with aclosing(self.stream(job)) as pieces:  # type: ignore[type-var]
+        async with aclosing(self.stream(job)) as pieces:
             async for piece in pieces:
                 texts.append(piece.text)
         return Piece("".join(texts), piece.num_tokens, piece.finish_reason)

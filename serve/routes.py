@@ -5,7 +5,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ _CLIENT_CLOSED: Final = 499
 class Backend(Protocol):
     """Whoever runs jobs; an ApiError that it raises goes to the client."""
 
-    def stream(self, model_id: str, job: Job) -> AsyncIterator[Piece]:
+    def stream(self, model_id: str, job: Job) -> AsyncGenerator[Piece, None]:
         """Yield an answer; closing the iterator aborts it."""
 
     async def complete(self, model_id: str, job: Job) -> Piece:
@@ -157,12 +157,12 @@ async def read_body(http: Request, *, max_bytes: int) -> bytes:
 
 async def _events(
     first: Piece,
-    pieces: AsyncIterator[Piece],
+    pieces: AsyncGenerator[Piece, None],
     head: dict[str, Any],
     job: Job,
     *,
     with_usage: bool,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """Yield server-sent events; an error after the headers is an event and no [DONE] follows."""
     blank = {"usage": None} if with_usage else {}
 
@@ -175,7 +175,7 @@ async def _events(
             text += protocol.event({**end, **blank})
         return text
 
-    async with aclosing(pieces) as opened:  # type: ignore[type-var]
+    async with aclosing(pieces) as opened:
         role = protocol.chunk(head, {"role": "assistant", "content": ""})
         last = first
         yield protocol.event({**role, **blank}) + events(first)

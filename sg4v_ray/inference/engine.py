@@ -5,7 +5,7 @@ Batch captioning, evaluation and serving all drive this protocol. An engine keep
 full by itself; callers only keep enough requests in flight (`Engine.capacity`).
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
@@ -109,7 +109,7 @@ class Engine(Protocol):
             ConfigError: the model folder or an option does not fit this engine.
         """
 
-    def generate(self, request: Request) -> AsyncIterator[Delta]:
+    def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Yield deltas as tokens are made; closing the iterator aborts the request.
 
         An abort frees the request's row within two decode steps.
@@ -130,7 +130,7 @@ class Engine(Protocol):
 async def complete(engine: Engine, request: Request) -> Completion:
     """Run one request to its end and return all its tokens."""
     tokens: list[int] = []
-    async with aclosing(engine.generate(request)) as deltas:  # type: ignore[type-var]
+    async with aclosing(engine.generate(request)) as deltas:
         async for delta in deltas:
             tokens.extend(delta.token_ids)
             if delta.finish_reason is not None:

@@ -12,6 +12,7 @@ The learning rates, batches and steps are ours, found by trial on drawn images.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from sg4v_ray.batch.generate import GenerateConfig
 from sg4v_ray.batch.plan import Flow
@@ -43,7 +44,7 @@ from sg4v_ray.sources.drawn_shapes import DrawnShapes
 from sg4v_ray.sources.easy_vqa import EasyVqaImages, EasyVqaQuestions
 from sg4v_ray.sources.index import IndexConfig, QuestionsConfig
 from sg4v_ray.sources.shapes import COLORS, SHAPES
-from sg4v_ray.training.config import Fresh, StageConfig
+from sg4v_ray.training.config import Fresh, StageConfig, StageKind
 
 SEED = 7
 
@@ -63,9 +64,9 @@ ENGINE = EngineConfig(kind="hf", dtype="float32", capacity=64, max_model_len=512
 FLOW = Flow(rows_per_block=500, batch_size=32, batches_in_flight=4)
 
 
-def _stage(kind: str, **changes: object) -> StageConfig:
+def _stage(kind: StageKind, **changes: Any) -> StageConfig:
     """Return a stage of the nano: float32, because CPUs without bf16 units crawl in bf16."""
-    common: dict[str, object] = {
+    common: dict[str, Any] = {
         "template": "vicuna_v1",
         "geometry": "pad",
         "trainable": WHOLE,
@@ -80,7 +81,7 @@ def _stage(kind: str, **changes: object) -> StageConfig:
         "save_every_steps": 400,
         "seed": SEED,
     }
-    return StageConfig(kind=kind, **{**common, **changes})  # type: ignore[arg-type]
+    return StageConfig(kind=kind, **{**common, **changes})
 
 
 def caption_step(images: Ref, captioner: Ref, out: Ref) -> CaptionStep:

@@ -3,6 +3,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,8 +41,8 @@ def published() -> BulkConfig:
 
 
 @pytest.mark.parametrize("kind", ["vllm", "fake"])
-def test_the_published_beams_are_refused_where_there_are_none(kind: str, tmp_path: Path) -> None:
-    engine = EngineConfig(kind=kind)  # type: ignore[arg-type]
+def test_the_published_beams_are_refused_where_there_are_none(kind: Any, tmp_path: Path) -> None:
+    engine = EngineConfig(kind=kind)
     with pytest.raises(ConfigError, match=f"num_beams is 3, but the engine '{kind}' has no beam"):
         stage(published(), engine, tmp_path)
 

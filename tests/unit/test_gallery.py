@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -82,9 +83,9 @@ def test_every_reject_reason_is_a_filter_with_its_count() -> None:
 
 @pytest.mark.parametrize("field", ["id", "text", "reject", "detail"])
 def test_no_field_can_add_an_element(field: str) -> None:
-    fields = {"id": "a", "image": None, "text": "t", "reject": "r", "detail": "d"}
-    harmless = gallery(GalleryItem(**fields))  # type: ignore[arg-type]
-    hostile = gallery(GalleryItem(**{**fields, field: HOSTILE}))  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"id": "a", "image": None, "text": "t", "reject": "r", "detail": "d"}
+    harmless = gallery(GalleryItem(**fields))
+    hostile = gallery(GalleryItem(**{**fields, field: HOSTILE}))
     assert [tag for tag, _ in hostile.tags] == [tag for tag, _ in harmless.tags]
     assert HOSTILE in hostile.texts
 

@@ -2,7 +2,7 @@
 """From an engine's tokens to text: stop texts, deadlines, and engines that break."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ class Scripted:
     def stats(self) -> EngineStats:
         return EngineStats(0, 0, 0)
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         try:
             for delta in self._deltas:
                 yield delta

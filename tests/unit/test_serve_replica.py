@@ -2,7 +2,7 @@
 """A replica without Ray: Serve only calls its methods."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def test_a_stuck_engine_is_unhealthy_and_one_that_works_on_is_not(
 ) -> None:
     monkeypatch.setattr(serve.replica, "_PROBE_S", 0.1)
 
-    async def never(request: Request) -> AsyncIterator[Delta]:
+    async def never(request: Request) -> AsyncGenerator[Delta, None]:
         await asyncio.Event().wait()
         yield Delta(())
 

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -51,12 +51,12 @@ class InProcess:
         self.refusal: ApiError | None = None
         self._model = model
 
-    async def stream(self, model_id: str, job: Job) -> AsyncIterator[Piece]:
+    async def stream(self, model_id: str, job: Job) -> AsyncGenerator[Piece, None]:
         if self.refusal is not None:
             raise self.refusal
         await self.engine.start()
         found = answer(self.engine, job, text=self._model.conversation.stream(), timeout_s=5)
-        async with aclosing(found) as opened:  # type: ignore[type-var]
+        async with aclosing(found) as opened:
             async for piece in opened:
                 yield piece
                 if self.error is not None:
@@ -87,7 +87,7 @@ def chat(words: str = "What is it?", **fields: Any) -> bytes:
     return json.dumps({"model": "chat", "messages": messages, **fields}).encode()
 
 
-def post(client: TestClient, body: bytes, **headers: str) -> Any:
+def post(client: TestClient, body: bytes | Iterator[bytes], **headers: str) -> Any:
     headers = {"content-type": "application/json", **headers}
     return client.post("/v1/chat/completions", content=body, headers=headers)
 
@@ -162,7 +162,7 @@ def test_the_list_of_models(client: TestClient) -> None:
 def test_a_body_is_counted_as_it_arrives(client: TestClient, chunked: bool) -> None:
     body = chat("a" * 500_000)
     content = iter([body[:300_000], body[300_000:]]) if chunked else body
-    response = post(client, content)  # type: ignore[arg-type]
+    response = post(client, content)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "body_too_large"
 

@@ -6,6 +6,7 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -37,9 +38,8 @@ def captioning() -> CaptionStep:
     return replace(step, config=config, engine=engine, captioner=CAPTIONER, flow=flow)
 
 
-def where(site: Site, **changes: object) -> Where:
-    fields = {"root": site.storage.root, "engine_cpus": 0.5, "progress": False, **changes}
-    return Where(**fields)  # type: ignore[arg-type]
+def where(site: Site, **changes: Any) -> Where:
+    return Where(root=site.storage.root, engine_cpus=0.5, progress=False, **changes)
 
 
 def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
