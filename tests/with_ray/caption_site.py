@@ -54,6 +54,9 @@ class Driver:
 
     def __init__(self, argv: list[str], log: Path, environment: dict[str, str]) -> None:
         self._log = log
+        # A shell starts background jobs deaf to Ctrl-C, and their children inherit that.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
                 argv, cwd=REPOSITORY, env=os.environ | environment, stderr=stderr
