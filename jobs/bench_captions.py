@@ -37,9 +37,10 @@ class Bench:
     root: str = str(Path("runs/bench").absolute())
     """Folder for images, model and results: a new one, or one that an earlier bench filled, which
     is emptied first."""
-    threads: int = 2
-    """CPU threads of the engine, the same in every case."""
-    images: int = 150
+    threads: int = 1
+    """CPU threads of the engine, the same in every case. One core less than the machine has: an
+    engine on accelerators does not take the CPUs that feed it either."""
+    images: int = 100
     """Photographs of the engine case."""
     pairs: int = 3
     """Alternating pairs of bare engine and whole job."""
