@@ -5,10 +5,10 @@ Runs on CPU workers, after the checkpoint filter, so finished rows are never fet
 """
 
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
 import pyarrow as pa
 from PIL import Image
@@ -75,36 +75,30 @@ class ModelPixels:
         return squared(image, self.size, self.geometry).tobytes()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherPng:
-    """Encode an image as a PNG for a teacher, scaled down to a longest side."""
-
-    max_side: int
-
-    def __call__(self, image: Image.Image) -> bytes:
-        """Return the bytes of a PNG file."""
-        small = image.copy()
-        small.thumbnail((self.max_side, self.max_side), Image.Resampling.BICUBIC)
-        out = BytesIO()
-        small.save(out, "PNG")
-        return out.getvalue()
-
-
 def add_images(
     table: pa.Table,
     *,
     limits: ImageLimits,
     encode: Callable[[Image.Image], bytes],
     fetch: FetchConfig,
+    hash_column: str | None = None,
 ) -> pa.Table:
-    """Add `image`, `reject` and `reject_detail` to a table with a `uri` column."""
+    """Add `image`, `reject` and `reject_detail` to a table with a `uri` column.
+
+    Args:
+        hash_column: name of one more column, with the sha256 of the bytes that were read.
+    """
     started_s = time.monotonic()
     encoded: list[bytes | None] = []
     rejects: list[Rejected | None] = []
+    hashes: list[str | None] = []
     for data in read_images(table["uri"].to_pylist(), limits=limits, fetch=fetch):
         image = data if isinstance(data, Rejected) else open_image(data, limits)
         encoded.append(None if isinstance(image, Rejected) else encode(image))
         rejects.append(image if isinstance(image, Rejected) else None)
+        hashes.append(None if isinstance(data, Rejected) else hashlib.sha256(data).hexdigest())
+    if hash_column is not None:
+        table = table.append_column(hash_column, pa.array(hashes, pa.string()))
     _decode_seconds().inc(time.monotonic() - started_s)
     columns = (
         encoded,

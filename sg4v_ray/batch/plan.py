@@ -88,6 +88,8 @@ class Work:
     """Cheap step before it, on CPU tasks."""
     record: type
     """The record class of the rows that come out."""
+    paid_usd: Callable[[], float] | None = None
+    """What all runs of this job have paid others so far; None where nobody is paid."""
 
 
 def rows_of(attempt: int) -> str:
@@ -139,7 +141,9 @@ def run(
         finished = _finished(checkpoint)
         with (
             _protected(checkpoint),
-            watching(home, len(finished), len(wanted), where, lease, budget) as watch,
+            watching(
+                home, len(finished), len(wanted), where, lease, budget, work.paid_usd
+            ) as watch,
             _asked_at_every_step(watch),
         ):
             _execute_resizing(index, rows, checkpoint, work, flow, where, watch, home)

@@ -38,6 +38,8 @@ class Stage:
     work: Callable[[int], plan.Work]
     """The expensive step of an attempt (1 is the first)."""
     budget: RejectBudget
+    facts: Callable[[], dict[str, Any]] = dict
+    """Figures for the manifest beside the speed, asked for when all rows are written."""
 
 
 def write_rows(stage: Stage, *, flow: plan.Flow, where: Where) -> Manifest:
@@ -123,7 +125,7 @@ def _attempt(
         },
         attempts=attempts,
         # Of a few hard rows, the speed of a retry says nothing about the job's.
-        facts=dataclasses.asdict(speed) if earlier is None else earlier.facts,
+        facts=(dataclasses.asdict(speed) if earlier is None else earlier.facts) | stage.facts(),
         lease=lease,
     )
     plan.drop_checkpoint(home, number)

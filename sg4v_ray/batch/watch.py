@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Never
@@ -72,7 +72,7 @@ class Status:
     queue: int
     engine_busy_rate: float
     usd_so_far: float | None
-    """Of all runs at this artifact; None without `gpu_hour_usd`."""
+    """Of all runs at this artifact; None where nothing has a price."""
     usd_expected: float | None
     """Of all runs, when this one is done."""
 
@@ -91,8 +91,10 @@ class Watch:
         where: Where,
         lease: Lease,
         budget: RejectBudget | None = None,
+        paid_usd: Callable[[], float] | None = None,
     ) -> None:
         self.tally = tally
+        self._paid_usd = paid_usd
         self._lease, self._budget = lease, budget
         self._spent_before = _spent_by_earlier_runs(home)
         self._home, self._where = home, where
@@ -178,6 +180,9 @@ class Watch:
         seconds = self._bar.format_dict["elapsed"]
         rate = progress.tokens / seconds if seconds else 0.0
         text = f"{rate:.0f} tokens/s, {progress.rejects.total()} rejected"
+        so_far, expected = self._usd(progress)
+        if so_far:
+            text += f", ${so_far:.2f} of about ${expected or so_far:.2f}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.n = min(self._total, self._done + progress.rows)
         self._bar.refresh()
@@ -196,9 +201,7 @@ class Watch:
         seconds = now - since
         rate = (progress.rows - rows) / seconds if seconds > 0 else 0.0
         left = self._left(progress)
-        priced = self._where.gpu_hour_usd is not None
-        run_usd = self._run_usd(progress)
-        more = expected_dollars(run_usd, progress.rows, left)
+        usd_so_far, usd_expected = self._usd(progress)
         return Status(
             state=state,
             updated=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -212,8 +215,8 @@ class Watch:
             ready_actors=progress.ready_actors,
             queue=progress.queue,
             engine_busy_rate=round(progress.busy_rate, 3),
-            usd_so_far=round(self._spent_before + run_usd, 4) or (0.0 if priced else None),
-            usd_expected=round(self._spent_before + more, 4) if priced and more else None,
+            usd_so_far=usd_so_far,
+            usd_expected=usd_expected,
         )
 
     def _write(self, progress: Progress, state: str, now: float) -> None:
@@ -231,6 +234,19 @@ class Watch:
         )
         if status.usd_so_far is not None:
             self._dollars.set(status.usd_so_far, self._labels)
+
+    def _usd(self, progress: Progress) -> tuple[float | None, float | None]:
+        """Return the dollars so far, and those expected when all is done; of all runs."""
+        left = self._left(progress)
+        if self._paid_usd is not None:
+            paid, done = self._paid_usd(), self._total - left
+            return round(paid, 4), round(paid * self._total / done, 4) if done else None
+        run_usd = self._run_usd(progress)
+        priced = self._where.gpu_hour_usd is not None
+        so_far = round(self._spent_before + run_usd, 4) or (0.0 if priced else None)
+        all_of_run = expected_dollars(run_usd, progress.rows, left)
+        more = round(self._spent_before + all_of_run, 4) if priced and all_of_run else None
+        return so_far, more
 
     def _run_usd(self, progress: Progress) -> float:
         gpu_s = progress.held_s * self._where.engine_gpus
@@ -311,12 +327,14 @@ def watching(
     where: Where,
     lease: Lease,
     budget: RejectBudget | None = None,
+    paid_usd: Callable[[], float] | None = None,
 ) -> Iterator[Watch]:
     """Start a tally and watch it while the block runs.
 
     Args:
         done: rows that an earlier run committed.
         total: rows of the index.
+        paid_usd: what all runs have paid others; None where nobody is.
     """
     name = "/".join(home.root.rsplit("/", 2)[-2:])
     # On the driver's node: no other node takes it down with it.
@@ -331,6 +349,7 @@ def watching(
         where=where,
         lease=lease,
         budget=budget,
+        paid_usd=paid_usd,
     )
     watch.start()
     state = "stopped"

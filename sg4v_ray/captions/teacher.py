@@ -1,20 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A strong teacher behind any OpenAI-compatible endpoint, with typed outcomes.
+"""A strong teacher behind any OpenAI-compatible endpoint: one request in, one typed outcome out.
 
-The SDK's own retries are off: ours are counted, and only for errors that may pass.
+The SDK's own retries are off: a request that is sent again may be paid again, so who sends it
+(`captions.desk`) has to know. Every text that comes from outside is cleared of the key first.
 """
 
 import base64
+import email.utils
+import math
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
 
+import httpx2
 import openai
-from openai.types.chat import ChatCompletion
+from pydantic import BaseModel, Field, ValidationError
 
-from sg4v_ray.batch.generate import Answer
-from sg4v_ray.core.errors import ConfigError, TeacherBusy, TeacherUnusable
+from sg4v_ray.core.config import fingerprint
+from sg4v_ray.core.errors import ConfigError, TeacherUnusable
+from sg4v_ray.core.price import Detail, PriceTable
+from sg4v_ray.core.rate import Limits
 from sg4v_ray.core.rejects import Reject
-from sg4v_ray.core.retry import RetryPolicy, retrying
+
+_NEVER_SENT: Final = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+_BUSY: Final = {408, 409, 425, 429, 503, 529}
+"""Answers that cost nothing and blame no image. 529: "overloaded", as some have it."""
+_PERHAPS_PAID: Final = {502, 504}
+"""A gateway lost its patience or its backend; what the backend had done by then is charged."""
+_ROW_AT_FAULT: Final = {400, 413, 415, 422}
+_NO_MONEY: Final = "insufficient_quota"
+_LONGEST_DETAIL: Final = 2000
+"""Characters that are kept of what a provider says of an error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageSent:
+    """How an image is sent."""
+
+    format: Literal["jpeg", "png"] = "jpeg"
+    max_side: int = 2048
+    """Images are scaled down to this longest side in pixels."""
+    quality: int = 90
+    """Of JPEG, 1 to 95."""
+    detail: Detail = "high"
+    """What the provider is asked to look at: `low` is one small view, for a fixed price."""
+
+    def __post_init__(self) -> None:
+        if self.max_side < 1 or not 1 <= self.quality <= 95:
+            raise ConfigError(
+                f"max_side must be at least 1 and quality 1 to 95, got {self.max_side} and "
+                f"{self.quality}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,26 +60,44 @@ class TeacherConfig:
     """Which teacher is asked, and how. Part of identity."""
 
     model: str
-    prompt: str
-    """Name of a prompt in `captions.prompts`."""
     max_tokens: int = 1024
     temperature: float = 0.0
-    max_side: int = 2048
-    """Images are scaled down to this longest side in pixels before they are sent."""
+    image: ImageSent = ImageSent()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Endpoint:
-    """Where the teacher is reached. Placement: not part of identity."""
+    """Where the teacher is reached, and what it may cost. Placement: not part of identity."""
 
     base_url: str
     """E.g. https://api.openai.com/v1."""
     api_key_env: str | None = "OPENAI_API_KEY"
-    """Environment variable, on the nodes, that holds the key; None for a teacher without keys."""
+    """Environment variable, on the driver's node, that holds the key; None where there is none.
+    Never give a key as a flag or in a runtime_env: both are shown to whoever sees the job."""
     timeout_s: float = 120.0
-    max_in_flight: int = 32
-    """Requests that one actor keeps open at once."""
-    retry: RetryPolicy = RetryPolicy()
+    limits: Limits = Limits()
+    prices: PriceTable = PriceTable(input_usd_per_mtok=0.0, output_usd_per_mtok=0.0)
+    """Prices of the model. The recipe's are of the day that it names: check them."""
+    max_usd: float | None = None
+    """Hard cap of all runs of this collection together: no request goes out that could pass it."""
+    max_tries: int = 8
+    """How often an image is sent whose answers get lost or fail. While others are answered it is
+    then a reject (`no_answer`); when none is, the job ends and can be run again."""
+
+    def __post_init__(self) -> None:
+        if self.max_tries < 1:
+            raise ConfigError(f"max_tries must be at least 1, got {self.max_tries}")
+        if self.max_usd is not None and self.prices.usd(10**6, 10**6) == 0:
+            raise ConfigError(
+                f"max_usd is {self.max_usd:g}, but the prices are 0, so nothing would ever be "
+                "counted; give --endpoint.prices.input-usd-per-mtok and .output-usd-per-mtok"
+            )
+        if self.max_usd is not None and self.max_usd <= 0:
+            raise ConfigError(f"max_usd must be above 0, got {self.max_usd:g}")
 
     def key(self) -> str:
         """Return the key.
@@ -60,70 +116,238 @@ class Endpoint:
         return value
 
 
-class Teacher:
-    """One client; call `caption` from one event loop."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What came back for a request that the teacher took. Exactly one of text and reject is set."""
 
-    def __init__(self, config: TeacherConfig, endpoint: Endpoint, *, key: str, prompt: str) -> None:
-        self._config, self._endpoint, self._prompt = config, endpoint, prompt
-        self._client = openai.AsyncOpenAI(
-            base_url=endpoint.base_url, api_key=key, timeout=endpoint.timeout_s, max_retries=0
+    text: str | None
+    reject: str | None
+    detail: str | None
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    usage_is_sound: bool
+    """False where the counts are missing or cannot be: then the most is charged."""
+
+
+class TurnedAway(Exception):
+    """The request was not taken and costs nothing; later it may be."""
+
+    def __init__(
+        self, why: str, retry_after_s: float | None = None, *, is_busy: bool = True
+    ) -> None:
+        super().__init__(why)
+        self.retry_after_s = retry_after_s
+        self.is_busy = is_busy
+        """False for a failure that this image may be to blame for."""
+
+
+class AnswerLost(Exception):
+    """The request went out and no answer came back whole; it may have been paid for."""
+
+
+def answer_key(
+    config: TeacherConfig, *, prompt_sha256: str, image_sha256: str, attempt: int
+) -> str:
+    """Return what makes an answer the same: model, prompt, image, parameters.
+
+    Args:
+        attempt: 1, or the number of a retry of rejects, which wants another answer.
+    """
+    return fingerprint(
+        {
+            "config": asdict(config),
+            "prompt": prompt_sha256,
+            "image": image_sha256,
+            **({"attempt": attempt} if attempt > 1 else {}),
+        }
+    )
+
+
+def body_of(config: TeacherConfig, prompt: str, image: bytes) -> dict[str, Any]:
+    """Return the JSON body of a chat completion request, for sending now or in a batch."""
+    url = f"data:image/{config.image.format};base64,{base64.b64encode(image).decode()}"
+    picture = {"type": "image_url", "image_url": {"url": url, "detail": config.image.detail}}
+    return {
+        "model": config.model,
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": prompt}, picture]}],
+    }
+
+
+class Teacher:
+    """One client; for one event loop."""
+
+    def __init__(self, config: TeacherConfig, endpoint: Endpoint, *, key: str) -> None:
+        self.config, self._endpoint, self._key = config, endpoint, key
+        self.client = openai.AsyncOpenAI(
+            base_url=endpoint.base_url,
+            api_key=key,
+            timeout=httpx2.Timeout(endpoint.timeout_s, connect=10.0),
+            max_retries=0,
         )
 
-    async def caption(self, png: bytes) -> Answer:
-        """Ask for one caption; a refusal is an answer with a reject reason.
+    async def ask(self, prompt: str, image: bytes, *, ticket: str) -> Reply:
+        """Send one request.
+
+        Args:
+            ticket: goes along as X-Client-Request-Id, so that a provider's log can be compared.
 
         Raises:
-            TeacherBusy: it stayed busy through all tries; the job resumes where it stopped.
-            TeacherUnusable: the key, the model or the URL is wrong.
+            TurnedAway: it was not taken; nothing is charged.
+            AnswerLost: no answer, or not a whole one; it may be charged.
+            TeacherUnusable: the key, the model or the URL is wrong, or the money is gone.
         """
-        return await retrying(
-            lambda: self._ask(png), on=(TeacherBusy,), policy=self._endpoint.retry
+        try:
+            raw = await self.client.chat.completions.with_raw_response.create(
+                **body_of(self.config, prompt, image),
+                extra_headers={"X-Client-Request-Id": ticket},
+            )
+        except openai.APIConnectionError as error:
+            why = self.clean(f"{type(error.__cause__ or error).__name__}: {error.__cause__}")
+            if isinstance(error.__cause__, _NEVER_SENT):
+                raise TurnedAway(why) from None
+            raise AnswerLost(why) from None
+        except openai.APIStatusError as error:
+            return self.status_error(error.status_code, error.response.headers, error.response.text)
+        return self.reply(raw.http_response.content)
+
+    def status_error(self, status: int, headers: Mapping[str, str], body: str) -> Reply:
+        """Turn an HTTP error into a reply, where the image is to blame, or raise as `ask` does."""
+        said = self.clean(f"HTTP {status}: {body}")
+        if status in _ROW_AT_FAULT:
+            return _rejected(Reject.BAD_REQUEST, said, 0, 0, sound=True)
+        if status in _PERHAPS_PAID:
+            raise AnswerLost(said)
+        if (status in _BUSY or status >= 500) and not (status == 429 and _NO_MONEY in body):
+            raise TurnedAway(said, retry_after_s(headers), is_busy=status in _BUSY)
+        raise TeacherUnusable(
+            f"{self._endpoint.base_url} answered {said}. Check the key, the account, the model "
+            "name and --endpoint.base-url"
         )
 
-    async def _ask(self, png: bytes) -> Answer:
-        url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    def reply(self, body: bytes | str) -> Reply:
+        """Read a completion's JSON.
+
+        Raises:
+            AnswerLost: it is no completion.
+        """
         try:
-            reply = await self._client.chat.completions.create(
-                model=self._config.model,
-                max_tokens=self._config.max_tokens,
-                temperature=self._config.temperature,
-                messages=[
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "text", "text": self._prompt},
-                            {"type": "image_url", "image_url": {"url": url}},
-                        ],
-                    }
-                ],
-            )
-        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as no:
-            raise TeacherBusy(f"{self._endpoint.base_url}: {no}") from no
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as no:
-            return Answer(None, 0, None, Reject.BAD_REQUEST.value, str(no))
-        except openai.APIStatusError as no:
-            raise TeacherUnusable(
-                f"{self._endpoint.base_url} answered {no.status_code}: {no.message}. Check the "
-                "key, the model name and --endpoint.base-url."
-            ) from no
-        return outcome(reply)
+            return outcome(_Completion.model_validate_json(body), self.config.max_tokens)
+        except ValidationError as error:
+            problem = error.errors(include_input=False, include_url=False)[0]
+            raise AnswerLost(self.clean(f"no chat completion: {problem['msg']}")) from None
+
+    def clean(self, text: str) -> str:
+        """Return a text from outside without the key, and not too long."""
+        return text.replace(self._key, "[API key]")[:_LONGEST_DETAIL]
 
     async def close(self) -> None:
         """Close the client's connections."""
-        await self._client.close()
+        await self.client.close()
 
 
-def outcome(reply: ChatCompletion) -> Answer:
-    """Turn a teacher's reply into a row's outcome."""
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Return how long a provider says to wait, or None.
+
+    Source:
+        RFC 9110, section 10.2.3: seconds or a date. `retry-after-ms` is OpenAI's and Azure's.
+    """
+    found = {key.lower(): value for key, value in headers.items()}
+    milliseconds = _number(found.get("retry-after-ms", ""))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    text = found.get("retry-after", "")
+    if (seconds := _number(text)) is not None:
+        return seconds
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return max(0.0, value) if math.isfinite(value) else None
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Completion(BaseModel):
+    """What is read of a chat completion; other servers than OpenAI's leave out the rest."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: Any = None
+
+
+def outcome(reply: _Completion, max_tokens: int) -> Reply:
+    """Turn a teacher's completion into a typed reply."""
     choice = reply.choices[0]
-    size = reply.usage.completion_tokens if reply.usage else 0
     text = (choice.message.content or "").strip()
+    prompt_tokens, size, sound = usage_of(reply.usage, text, max_tokens)
     if choice.message.refusal:
-        return Answer(None, size, "stop", Reject.REFUSED.value, choice.message.refusal)
+        return _rejected(Reject.REFUSED, choice.message.refusal, prompt_tokens, size, sound=sound)
     if choice.finish_reason == "content_filter":
-        return Answer(None, size, "stop", Reject.CONTENT_FILTER.value, text)
+        return _rejected(Reject.CONTENT_FILTER, text, prompt_tokens, size, sound=sound)
     if choice.finish_reason == "length":
-        return Answer(None, size, "length", Reject.CUT_OFF.value, f"after {size} tokens: {text}")
+        detail = f"after {size} tokens: {text}"
+        return _rejected(Reject.CUT_OFF, detail, prompt_tokens, size, sound=sound, reason="length")
     if not text:
-        return Answer(None, size, "stop", Reject.EMPTY_TEXT.value, "the teacher sent no text")
-    return Answer(text, size, "stop", None, None)
+        why = "the teacher sent no text"
+        return _rejected(Reject.EMPTY_TEXT, why, prompt_tokens, size, sound=sound)
+    return Reply(
+        text=text,
+        reject=None,
+        detail=None,
+        finish_reason="stop",
+        prompt_tokens=prompt_tokens,
+        completion_tokens=size,
+        usage_is_sound=sound,
+    )
+
+
+def usage_of(usage: Any, text: str, max_tokens: int) -> tuple[int, int, bool]:
+    """Return prompt tokens, generated tokens, and whether a provider's counts can be true.
+
+    They cannot be when one is missing, negative or no whole number, when the total is not their
+    sum, when more was generated than was asked for, or fewer tokens than words.
+    """
+    counts = usage if isinstance(usage, dict) else {}
+    asked, said = counts.get("prompt_tokens"), counts.get("completion_tokens")
+    if not (type(asked) is int and type(said) is int and asked > 0 and said >= 0):
+        return 0, 0, False
+    total = counts.get("total_tokens", asked + said)
+    sound = total == asked + said and len(text.split()) <= said <= max_tokens
+    return asked, said, sound
+
+
+def _rejected(
+    reject: Reject,
+    detail: str,
+    prompt_tokens: int,
+    size: int,
+    *,
+    sound: bool,
+    reason: str = "stop",
+) -> Reply:
+    return Reply(
+        text=None,
+        reject=reject.value,
+        detail=detail,
+        finish_reason=reason,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=size,
+        usage_is_sound=sound,
+    )

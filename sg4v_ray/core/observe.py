@@ -27,7 +27,13 @@ DECODE_S = Metric("sg4v_decode_seconds", "counter", "CPU worker seconds to read 
 QUEUE = Metric("sg4v_queue", "gauge", "requests that wait inside engines", ("artifact",))
 BUSY = Metric("sg4v_engine_busy", "gauge", "share of time that engines work, 0 to 1", ("artifact",))
 ACTORS = Metric("sg4v_actors", "gauge", "work actors alive, loading ones included", ("artifact",))
-DOLLARS = Metric("sg4v_dollars", "gauge", "dollars spent on GPUs by this run", ("artifact",))
+DOLLARS = Metric("sg4v_dollars", "gauge", "dollars spent by all runs", ("artifact",))
+TEACHER_OUTCOMES = Metric(
+    "sg4v_teacher_outcomes",
+    "counter",
+    "what became of requests to a teacher",
+    ("artifact", "outcome"),
+)
 TRAIN_LOSS = Metric("sg4v_train_loss", "gauge", "mean loss per labelled token", ("artifact",))
 TRAIN_STEP = Metric("sg4v_train_step", "gauge", "optimizer steps done", ("artifact",))
 TRAIN_SAMPLES_PER_S = Metric("sg4v_train_samples_per_s", "gauge", "samples a second", ("artifact",))

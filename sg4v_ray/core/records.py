@@ -51,6 +51,29 @@ class CaptionRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AskedRow(ImageRow):
+    """One image that a teacher is asked about."""
+
+    prompt: str
+    """Name of its prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherCaptionRow(CaptionRow):
+    """One image of `teacher-captions@v`: a caption row with what was asked and what it cost."""
+
+    prompt: str
+    """Name of the prompt that was answered last."""
+    prompt_sha256: str
+    """First 16 hex digits of the prompt's hash."""
+    image_sha256: str | None
+    """Of the image file's bytes; None where it could not be read."""
+    prompt_tokens: int
+    usd: float
+    """What the answers cost, a refused first one included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreRow:
     """One image of `caption-scores@v`: a captioned one, or one of an evaluation set."""
 

@@ -44,6 +44,7 @@ class Reject(StrEnum):
     SPECIAL_TOKEN = "special_token"  # noqa: S105
     CONTENT_FILTER = "content_filter"
     BAD_REQUEST = "bad_request"
+    NO_ANSWER = "no_answer"
     CRASHES_ENGINE = "crashes_engine"
 
 

@@ -95,9 +95,22 @@ class Storage:
         """Return the absolute URI of a path below this root."""
         return f"{self.root}/{path}"
 
-    def put(self, path: str, data: bytes) -> None:
-        """Write an object whole, replacing it atomically when it exists."""
+    def put(self, path: str, data: bytes, *, sync: bool = False) -> None:
+        """Write an object whole, replacing it atomically when it exists.
+
+        Args:
+            sync: return when a local disk has it too, so that a power cut loses nothing. Buckets
+                always do.
+        """
         obstore.put(self.open(make=True), path, data)
+        if sync and is_local(self.root):
+            file = local_path(self.uri(path))
+            for place in (file, file.parent):
+                handle = os.open(place, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
 
     def create(self, path: str, data: bytes) -> bool:
         """Write an object only if it does not exist; say whether this call made it."""

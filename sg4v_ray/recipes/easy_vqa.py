@@ -17,9 +17,10 @@ from typing import Any
 from sg4v_ray.batch.generate import GenerateConfig
 from sg4v_ray.batch.plan import Flow
 from sg4v_ray.captions.bulk import BulkConfig
+from sg4v_ray.captions.choose import SampleConfig, Share
 from sg4v_ray.captions.collect import CollectConfig
 from sg4v_ray.captions.prompts import DETAILED_2026_11
-from sg4v_ray.captions.teacher import Endpoint, TeacherConfig
+from sg4v_ray.captions.teacher import Endpoint, ImageSent, TeacherConfig
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart, QuestionsPart
 from sg4v_ray.evaluation.run import EvaluateConfig
@@ -175,8 +176,11 @@ def easy_vqa() -> Line:
         questions=_questions(),
         collect=CollectStep(
             config=CollectConfig(
-                sources=("easy-vqa",),
-                teacher=TeacherConfig(model="pixel-reader", prompt=DETAILED_2026_11.name),
+                sample=SampleConfig(
+                    shares=(Share(source="easy-vqa", prompt=DETAILED_2026_11.name),)
+                ),
+                # Lossless: this teacher reads pixels.
+                teacher=TeacherConfig(model="pixel-reader", image=ImageSent(format="png")),
             ),
             endpoint=Endpoint(base_url="http://127.0.0.1", api_key_env=None),
             local_teacher=True,

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place from which a job asks its teacher: limits, money, and never twice.
+
+A request goes out when a place is free, the cap allows the most that it can cost, its turn has
+come, and the ledger has it on storage. Then the answer is stored before anybody sees it. Images
+with equal bytes that are asked the same are asked once.
+"""
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Final, NoReturn
+
+from PIL import Image
+
+from sg4v_ray.captions.ledger import Ledger, Paid, Sent
+from sg4v_ray.captions.prompts import Prompt
+from sg4v_ray.captions.teacher import (
+    AnswerLost,
+    Endpoint,
+    Reply,
+    Teacher,
+    TurnedAway,
+    answer_key,
+)
+from sg4v_ray.core.errors import MoneySpent, Sg4vError, StorageError, TeacherBusy, TeacherUnusable
+from sg4v_ray.core.price import Purse, most_tokens
+from sg4v_ray.core.rate import Throttle
+from sg4v_ray.core.rejects import Reject
+from sg4v_ray.core.retry import RetryPolicy
+from sg4v_ray.core.storage import STORAGE_ERRORS
+
+_log = logging.getLogger(__name__)
+
+_SOUND_SHARE: Final = 0.5
+"""Prompt tokens below this share of what the price table makes of a request are not believed."""
+_RETRY: Final = RetryPolicy(first_delay_s=0.5, max_delay_s=30.0)
+_STALL_S: Final = 1.0
+"""A note that took longer than this was late for its turn."""
+
+
+class Stopped(Sg4vError):
+    """The job is being stopped: what is on its way is waited for, nothing more goes out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One image and what it is asked."""
+
+    row: str
+    image: bytes
+    """Encoded as it is sent."""
+    image_sha256: str
+    """Of the bytes that the image was made from."""
+    prompt: Prompt
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The most that one request can take, and what its prompt is expected to be charged as."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    expected_prompt_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a desk has done since it opened."""
+
+    sent: int = 0
+    known: int = 0
+    """Answers that were there already."""
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """Answers by `caption` or reject reason, and requests turned away or lost."""
+    overcharged: int = 0
+    """Answers that cost more than the most that was reserved: the price table is wrong."""
+
+
+class Desk:
+    """Asks one teacher for one job; for one event loop."""
+
+    def __init__(self, teacher: Teacher, endpoint: Endpoint, ledger: Ledger, *, job: str) -> None:
+        self.ledger, self.job, self.counts = ledger, job, Counts()
+        self.purse = Purse(endpoint.max_usd, ledger.spent_usd[job])
+        self._teacher, self._endpoint = teacher, endpoint
+        self._throttle = Throttle(endpoint.limits)
+        self._asking: dict[str, asyncio.Task[Paid | Reply]] = {}
+        self._free = asyncio.Condition()
+        self._open = self._answered = 0
+        self._ending: Sg4vError | None = None
+
+    def bounds(self, ask: Ask) -> Bounds:
+        """Return the most that an ask can take."""
+        config = self._teacher.config
+        width, height = Image.open(BytesIO(ask.image)).size  # our own encoding: reads the header
+        image = self._endpoint.prices.image.of(width, height, config.image.detail)
+        words = len(ask.prompt.text.split())
+        return Bounds(image + most_tokens(ask.prompt.text), config.max_tokens, image + words)
+
+    def key(self, ask: Ask) -> str:
+        """Return under which key an answer is kept."""
+        return answer_key(
+            self._teacher.config,
+            prompt_sha256=ask.prompt.sha256,
+            image_sha256=ask.image_sha256,
+            attempt=ask.attempt,
+        )
+
+    async def ask(self, ask: Ask) -> Paid | Reply:
+        """Return the answer to an ask: the one that is stored, or a new one.
+
+        A Reply that nobody paid for says that this image cannot be answered though others can.
+
+        Raises:
+            MoneySpent: the next request could pass the cap; all on their way were waited for.
+            TeacherBusy: no image at all was answered through all tries.
+            TeacherUnusable: the key, the model or the URL is wrong, or the account is empty.
+            LeaseLost: another job writes the ledger.
+        """
+        key = self.key(ask)
+        if (known := self.ledger.answers.get(key)) is not None:
+            self.counts.known += 1
+            return known
+        task = self._asking.get(key)
+        if task is None:
+            task = asyncio.create_task(self._ask_until_answered(ask, key))
+            self._asking[key] = task
+            task.add_done_callback(lambda _: self._asking.pop(key))
+        return await asyncio.shield(task)
+
+    async def stop(self) -> None:
+        """Send nothing more and wait for what is on its way."""
+        self._end(Stopped("the job is stopped; run it again to go on"))
+        async with self._free:
+            await self._free.wait_for(lambda: not self._open)
+
+    def _end(self, error: Sg4vError) -> None:
+        self._ending = self._ending or error
+
+    async def _ask_until_answered(self, ask: Ask, key: str) -> Paid | Reply:
+        """Try until there is an answer, or until it is clear who is to blame that there is none."""
+        tries, answered = 0, self._answered
+        while True:
+            try:
+                return await self._ask_once(ask, key)
+            except (TurnedAway, AnswerLost) as error:
+                why = error
+            except Sg4vError as error:
+                await self._fail(error)
+            tries += 1
+            if tries < self._endpoint.max_tries:
+                if not (isinstance(why, TurnedAway) and why.is_busy):  # that holds everybody
+                    await asyncio.sleep(random.uniform(0, _RETRY.bound_s(tries)))
+                continue
+            if self._answered == answered:
+                await self._fail(
+                    TeacherBusy(
+                        f"{self._endpoint.base_url} answered nothing in {tries} tries: {why}. "
+                        "Answers so far are kept; run again later to go on"
+                    )
+                )
+            if isinstance(why, TurnedAway) and why.is_busy:
+                tries, answered = 0, self._answered  # busy, but well: others were answered
+            else:
+                return _unanswered(f"{tries} tries, the last one: {why}")
+
+    async def _ask_once(self, ask: Ask, key: str) -> Paid:
+        most = self.bounds(ask)
+        usd = self._endpoint.prices.usd(most.prompt_tokens, most.completion_tokens)
+        await self._admit(usd)
+        spent = 0.0
+        try:
+            ticket = await self._note(Sent(uuid.uuid4().hex, key, ask.row, self.job, usd), most)
+            try:
+                reply = await self._send(ask, ticket, most)
+            except (TurnedAway, TeacherUnusable):
+                await self.ledger.free(ticket)
+                raise
+            except AnswerLost as error:
+                spent = usd
+                self.counts.outcomes["lost"] += 1
+                _log.warning("%s: no answer, charged in full: %s", ask.row, error)
+                await self.ledger.lose(ticket, str(error))
+                raise
+            spent = self.cost(reply, usd, least_prompt=_SOUND_SHARE * most.expected_prompt_tokens)
+            return await self.ledger.paid(ticket, spent, reply)
+        except STORAGE_ERRORS as error:
+            raise StorageError(
+                f"the ledger cannot be written ({error}), so nothing more is sent; run again when "
+                "its storage is back"
+            ) from error
+        finally:
+            await self._leave(usd, spent)
+
+    async def _note(self, sent: Sent, most: Bounds) -> str:
+        """Wait for a request's turn and note it, so that it goes out right after."""
+        noted = False
+        while True:
+            await self._turn(most.tokens)
+            if noted:
+                return sent.ticket
+            began_s = time.monotonic()
+            await self.ledger.sent(sent)
+            noted = True
+            if time.monotonic() - began_s < _STALL_S:
+                return sent.ticket
+            # Storage stood still: all that waited for it would go out at once.
+            self._throttle.settle(most.tokens, 0)
+
+    async def _turn(self, tokens: int) -> None:
+        while True:
+            await _sleep_until(self._throttle.book(tokens, time.monotonic()))
+            now = time.monotonic()
+            if self._throttle.held(now) <= now:
+                return
+            # Others were turned away meanwhile: a place in the queue after the pause.
+            self._throttle.settle(tokens, 0)
+
+    async def _send(self, ask: Ask, ticket: str, most: Bounds) -> Reply:
+        """Send one request and tell the throttle what became of it."""
+        self.counts.sent += 1
+        sent_s, used = time.monotonic(), most.tokens
+        try:
+            reply = await self._teacher.ask(ask.prompt.text, ask.image, ticket=ticket)
+            used = reply.prompt_tokens + reply.completion_tokens
+        except TurnedAway as error:
+            used = 0
+            self.counts.outcomes["turned_away"] += 1
+            if error.is_busy:
+                self._throttle.turned_away(sent_s, time.monotonic(), error.retry_after_s)
+            raise
+        finally:
+            self._throttle.settle(most.tokens, used)
+        self._throttle.answered()
+        self._answered += 1
+        self.counts.outcomes[reply.reject or "caption"] += 1
+        return reply
+
+    def cost(
+        self, reply: Reply, usd: float, *, least_prompt: float = 1.0, in_batch: bool = False
+    ) -> float:
+        """Return what is charged for a reply: by its usage, or the most where that cannot be.
+
+        Args:
+            usd: the most that the request could cost.
+            least_prompt: prompt tokens below which a usage is not believed.
+        """
+        if reply.reject == Reject.BAD_REQUEST:
+            return 0.0
+        told = self._endpoint.prices.usd(
+            reply.prompt_tokens, reply.completion_tokens, in_batch=in_batch
+        )
+        if not reply.usage_is_sound or reply.prompt_tokens < least_prompt:
+            return max(usd, told)
+        if told > usd:
+            self.counts.overcharged += 1
+            _log.warning(
+                "a request cost $%.5f where the price table allows at most $%.5f; correct "
+                "--endpoint.prices, or the cap may be passed",
+                told,
+                usd,
+            )
+        return told
+
+    async def _admit(self, usd: float) -> None:
+        """Wait for a free place and for money; take both.
+
+        Raises whatever ends this desk, once nothing is on its way any more.
+        """
+        async with self._free:
+            while True:
+                if not self._open and self._ending is None and not self.purse.may(usd):
+                    self._end(self.money_spent(usd))
+                if self._ending is not None:
+                    await self._free.wait_for(lambda: not self._open)
+                    raise self._ending
+                if self._open < self._throttle.in_flight and self.purse.may(usd):
+                    break
+                await self._free.wait()
+            self._open += 1
+            self.purse.reserve(usd)
+            self._free.notify(1)  # a refund may have made room for more than one
+
+    async def _leave(self, reserved_usd: float, spent_usd: float) -> None:
+        async with self._free:
+            self._open -= 1
+            self.purse.settle(reserved_usd, spent_usd)
+            if self._ending is not None or not self._open:
+                self._free.notify_all()
+            else:
+                self._free.notify(1)
+
+    async def _fail(self, error: Sg4vError) -> NoReturn:
+        """End this desk with an error: wait for what is on its way, then raise."""
+        self._end(error)
+        async with self._free:
+            self._free.notify_all()
+            await self._free.wait_for(lambda: not self._open)
+        raise error from None
+
+    def money_spent(self, usd: float) -> MoneySpent:
+        """Return the error of a job whose next request could pass the cap."""
+        return MoneySpent(
+            f"stopped at ${self.purse.spent_usd:.4f} of max_usd ${self.purse.cap_usd:g}, all runs "
+            f"of {self.job} included: one more request may cost ${usd:.4f}. Answers are kept; run "
+            "again with more (--endpoint.max-usd) to go on"
+        )
+
+
+def _unanswered(why: str) -> Reply:
+    return Reply(
+        text=None,
+        reject=Reject.NO_ANSWER.value,
+        detail=why,
+        finish_reason=None,
+        prompt_tokens=0,
+        completion_tokens=0,
+        usage_is_sound=True,
+    )
+
+
+async def _sleep_until(at_s: float) -> None:
+    if (seconds := at_s - time.monotonic()) > 0:
+        await asyncio.sleep(seconds)
