@@ -28,6 +28,8 @@ class Generated:
     """As it was drawn, or `length` where max_tokens cut an `ok`."""
     text: str
     num_tokens: int
+    finish: str = "stop"
+    """The finish_reason; a text that max_tokens cut says so whatever else it lies about."""
 
 
 def generate(ask: Ask, outcome: str, config: ServerConfig) -> Generated:
@@ -37,13 +39,13 @@ def generate(ask: Ask, outcome: str, config: ServerConfig) -> Generated:
     digest = hashlib.sha256((ask.image_sha + ask.prompt_sha).encode()).digest()
     rng = random.Random(int.from_bytes(digest[:8], "big"))
     drawn = max(8, round(rng.lognormvariate(math.log(config.caption_tokens), config.caption_sigma)))
-    words = rng.choices(_WORDS, k=drawn)
+    words, finish = rng.choices(_WORDS, k=drawn), _FINISH.get(outcome, "stop")
     if outcome in _FINISH:
-        words = words[: max(1, drawn // 2)]
+        words = words[: drawn // 2]
     if ask.max_tokens is not None and len(words) > ask.max_tokens:
-        words = words[: ask.max_tokens]
+        words, finish = words[: ask.max_tokens], "length"
         outcome = "length" if outcome == "ok" else outcome
-    return Generated(outcome=outcome, text=_prose(words), num_tokens=len(words))
+    return Generated(outcome=outcome, text=_prose(words), num_tokens=len(words), finish=finish)
 
 
 def _prose(words: list[str]) -> str:
@@ -59,13 +61,13 @@ def completion(ask: Ask, made: Generated, answer_id: str) -> dict[str, Any]:
         "content": None if refused else made.text,
         "refusal": made.text if refused else None,
     }
-    finish = _FINISH.get(made.outcome, "stop")
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": made.finish}
     body = {
         "id": f"chatcmpl-{answer_id}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": ask.model,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}],
+        "choices": [choice],
         "usage": _usage(ask.prompt_tokens, made.num_tokens, made.outcome),
     }
     if made.outcome == "usage_missing":
@@ -93,6 +95,14 @@ _ERROR_BODIES: Final = {
     "500": ("server_error", None, "The server had an error while processing your request."),
     "503": ("server_error", None, "The engine is currently overloaded."),
 }
+
+
+class ApiError(Exception):
+    """Becomes an error response; nothing of it is logged."""
+
+    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.body = status, error_body(message, "invalid_request_error", code)
 
 
 def error_body(message: str, kind: str, code: str | None) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class Chat:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """Answer one request, or break it as configured."""
-        n, body = self._account.number(), await request.read()
+        body = await request.read()
+        n = self._account.number()
         if not is_authorized(request, self._config):
             return await self._refuse(request, n, "401", None, *error("401", 0))
         try:
@@ -60,7 +61,7 @@ class Chat:
             await asyncio.sleep(delay_s)
         if outcome == "drop_before":
             self._log(request, n, outcome, ask)
-            return _hang_up(request)
+            return hang_up(request)
         if outcome in UNBILLED:
             shape = error(outcome, config.retry_after_s)
             return await self._refuse(request, n, outcome, ask, *shape)
@@ -134,7 +135,8 @@ def is_authorized(request: web.Request, config: ServerConfig) -> bool:
     return request.headers.get("Authorization") == f"Bearer {config.key}"
 
 
-def _hang_up(request: web.Request) -> web.Response:
+def hang_up(request: web.Request) -> web.Response:
+    """Close the connection; what is returned goes nowhere."""
     if request.transport is not None:
         request.transport.close()
     return web.Response()
@@ -152,5 +154,5 @@ async def _send_half(request: web.Request, data: bytes) -> web.StreamResponse:
     response.content_type = "application/json"
     await response.prepare(request)
     await response.write(data[: len(data) // 2])
-    _hang_up(request)
+    hang_up(request)
     return response

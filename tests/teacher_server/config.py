@@ -41,6 +41,31 @@ class Always:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlan:
+    """What becomes of one batch; the fields combine."""
+
+    expire: float | None = None
+    """Share of the lines that are done when the window closes; None is in time."""
+    partial: float = 0.0
+    """Share of the lines that get an error status, unbilled."""
+    statuses: tuple[str, ...] = ("400", "500")
+    """Errors of those lines, in turn."""
+    shuffle: bool = False
+    """Results come in another order than the lines."""
+    fail: str | None = None
+    """Error code that validation fails with, e.g. `invalid_json_line`."""
+    drop_create: bool = False
+    """The batch is created, but the connection is closed before the answer."""
+    in_progress_s: float | None = None
+    """Instead of the config's."""
+
+    def __post_init__(self) -> None:
+        for name in self.statuses:
+            if name not in ERRORS:
+                raise ValueError(f"{name!r} is no error; known: {', '.join(ERRORS)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
     """One provider. Limits that are None are not enforced."""
 
@@ -81,6 +106,17 @@ class ServerConfig:
     window_s: float = 60.0
     max_concurrent: int | None = None
 
+    batch_plans: tuple[BatchPlan | None, ...] = ()
+    """By order of creation; None and all later ones go well."""
+    batch_validating_s: float = 0.2
+    batch_in_progress_s: float = 0.2
+    """The lines are done evenly over this time."""
+    batch_finalizing_s: float = 0.2
+    max_batch_requests: int = 50_000
+    max_file_bytes: int = 200 * 10**6
+    max_enqueued_requests: int | None = None
+    """Lines of all batches under way; OpenAI counts their tokens."""
+
     def __post_init__(self) -> None:
         for name in (*self.faults, self.refuse_unless_outcome):
             _check_outcome(name)
@@ -97,6 +133,8 @@ def load(path: Path) -> ServerConfig:
     """Read a config file; unknown fields are a TypeError."""
     fields: dict[str, Any] = json.loads(path.read_text())
     fields["always"] = tuple(Always(**rule) for rule in fields.get("always", ()))
+    plans = fields.get("batch_plans", ())
+    fields["batch_plans"] = tuple(plan and BatchPlan(**plan) for plan in plans)
     return ServerConfig(**fields)
 
 

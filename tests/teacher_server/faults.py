@@ -4,7 +4,7 @@
 import hashlib
 from collections import Counter
 
-from tests.teacher_server.config import ServerConfig
+from tests.teacher_server.config import ANSWERS, ERRORS, ServerConfig
 from tests.teacher_server.wire import Ask
 
 
@@ -20,6 +20,17 @@ class Faults:
         self._tries[ask.image_sha] += 1
         number = self._tries[ask.image_sha]
         return self._by_rule(ask, number) or self._by_prompt(ask) or self._by_chance(ask, number)
+
+    def draw_batched(self, ask: Ask) -> str:
+        """Return the outcome of a line of a batch, which has no connection of its own.
+
+        The provider tries again by itself, so errors come by rule only.
+        """
+        self._tries[ask.image_sha] += 1
+        number = self._tries[ask.image_sha]
+        certain = self._by_rule(ask, number) or self._by_prompt(ask)
+        drawn = certain or self._by_chance(ask, number)
+        return drawn if drawn in ANSWERS or (certain and drawn in ERRORS) else "ok"
 
     def _by_rule(self, ask: Ask, number: int) -> str | None:
         for rule in self._config.always:

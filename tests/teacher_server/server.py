@@ -16,36 +16,43 @@ from typing import Any
 from aiohttp import web
 
 from tests.teacher_server.account import Account
-from tests.teacher_server.answers import error
+from tests.teacher_server.answers import ApiError, error
+from tests.teacher_server.batches import Batches
 from tests.teacher_server.chat import Chat, is_authorized
 from tests.teacher_server.config import ServerConfig, load
 from tests.teacher_server.faults import Faults
+from tests.teacher_server.files import Files
+from tests.teacher_server.wire import CHAT
 
-_CHAT = "/v1/chat/completions"
 _MAX_BODY_BYTES = 64 * 2**20
 
 
 def build_app(config: ServerConfig, log: Path) -> web.Application:
     """Make the HTTP service."""
     account, faults = Account(config, log), Faults(config)
+    files = Files(config.max_file_bytes)
+    batches = Batches(config, files, account, faults)
     app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_only_with_key(config)])
-    app.router.add_post(_CHAT, Chat(config, account, faults).complete)
+    app.router.add_post(CHAT, Chat(config, account, faults).complete)
 
     async def models(_: web.Request) -> web.Response:
         listed = {"id": config.model, "object": "model", "created": 0, "owned_by": "tests"}
         return web.json_response({"object": "list", "data": [listed]})
 
     app.router.add_get("/v1/models", models)
+    app.add_routes([*files.routes(), *batches.routes()])
     return app
 
 
 def _only_with_key(config: ServerConfig) -> Any:
     @web.middleware
     async def check(request: web.Request, handler: Any) -> web.StreamResponse:
-        if request.path == _CHAT or is_authorized(request, config):  # chat logs before it refuses
+        if request.path != CHAT and not is_authorized(request, config):  # chat logs refusals
+            return web.json_response(error("401", 0)[2], status=401)
+        try:
             return await handler(request)
-        status, headers, shape = error("401", 0)
-        return web.json_response(shape, status=status, headers=headers)
+        except ApiError as no:
+            return web.json_response(no.body, status=no.status)
 
     return check
 

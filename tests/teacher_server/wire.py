@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from PIL import Image, UnidentifiedImageError
 
+CHAT: Final = "/v1/chat/completions"
+
 _IMAGE_BASE_TOKENS: Final = 85
 _TILE_TOKENS: Final = 170
 _TILE_PX: Final = 512

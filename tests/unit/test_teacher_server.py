@@ -2,7 +2,6 @@
 """The local provider: every fault appears as configured, and its account adds up."""
 
 import email.utils
-import functools
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from tests.teacher_server.answers import generate
-from tests.teacher_server.asking import PROMPT, fields, jpeg, sha
+from tests.teacher_server.asking import PROMPT, client, fields, jpeg, sha
 from tests.teacher_server.config import OUTCOMES, UNBILLED, Always, ServerConfig
 from tests.teacher_server.faults import Faults
 from tests.teacher_server.limits import Limits
@@ -33,12 +32,6 @@ IMAGES = {outcome: jpeg(seed) for seed, outcome in enumerate(OUTCOMES)}
 BY_IMAGE = tuple(Always(outcome=name, image_sha=sha(data)) for name, data in IMAGES.items())
 CUT = jpeg(1000)
 PLAIN = jpeg(2000)
-
-
-@functools.cache
-def client(running: Running, key: str = "sk-test") -> openai.OpenAI:
-    plain = openai.DefaultHttpxClient(verify=False)  # reading certificates takes longer than a test
-    return openai.OpenAI(base_url=running.url, api_key=key, max_retries=0, http_client=plain)
 
 
 def ask(running: Running, image: bytes, *, timeout: float = 10.0, **how: Any) -> ChatCompletion:
