@@ -33,7 +33,7 @@ class Running:
 
     def billed_usd(self) -> float:
         """Return what the provider asks for, online and batch."""
-        return sum(entry.get("usd", 0.0) for entry in self.entries())
+        return float(sum(entry.get("usd", 0.0) for entry in self.entries()))
 
     def stop(self) -> None:
         """End the process; again does nothing."""

@@ -50,9 +50,10 @@ def _only_with_key(config: ServerConfig) -> Any:
         if request.path != CHAT and not is_authorized(request, config):  # chat logs refusals
             return web.json_response(error("401", 0)[2], status=401)
         try:
-            return await handler(request)
+            answer: web.StreamResponse = await handler(request)
         except ApiError as no:
             return web.json_response(no.body, status=no.status)
+        return answer
 
     return check
 
