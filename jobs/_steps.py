@@ -34,8 +34,14 @@ def index_questions(step: QuestionsStep, where: Where) -> Manifest:
     return index.run_questions(step.config, images=step.images, out=step.out, where=where)
 
 
-def collect_captions(step: CollectStep, where: Where) -> Manifest:
-    """Collect teacher captions, from the recipe's own teacher if it says so."""
+def collect_captions(
+    step: CollectStep, where: Where, retry: tuple[str, ...] | None = None
+) -> Manifest:
+    """Collect teacher captions, from the recipe's own teacher if it says so.
+
+    Args:
+        retry: ask again what was rejected for these reasons; none named means for any.
+    """
     with ExitStack() as stack:
         endpoint = step.endpoint
         if step.local_teacher:
@@ -47,6 +53,9 @@ def collect_captions(step: CollectStep, where: Where) -> Manifest:
             out=step.out,
             where=where,
             flow=step.flow,
+            mode=step.mode,
+            batch=step.batch,
+            retry=retry,
         )
 
 

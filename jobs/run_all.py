@@ -23,14 +23,15 @@ _log = logging.getLogger("sg4v_ray.jobs")
 def plan(line: Line, where: Where) -> Iterator[Callable[[], Manifest]]:
     """Yield the steps of a line so that each finds its inputs finished.
 
-    A dataset is built right before the training that reads it.
+    A dataset is built right before the training that reads it. A teacher is asked (and paid) only
+    where something is trained on its captions.
     """
     datasets = {step.out: step for step in line.datasets}
     for index in line.images:
         yield partial(_steps.index_images, index, where)
     for questions in line.questions:
         yield partial(_steps.index_questions, questions, where)
-    if line.collect is not None:
+    if line.collect is not None and (line.align or line.captioner):
         yield partial(_steps.collect_captions, line.collect, where)
     for train in (line.align, line.captioner):
         if train is not None:

@@ -105,9 +105,10 @@ class Desk:
         """Return the most that an ask can take."""
         config = self._teacher.config
         width, height = Image.open(BytesIO(ask.image)).size  # our own encoding: reads the header
-        image = self._endpoint.prices.image.of(width, height, config.image.detail)
-        words = len(ask.prompt.text.split())
-        return Bounds(image + most_tokens(ask.prompt.text), config.max_tokens, image + words)
+        prices, detail = self._endpoint.prices.image, config.image.detail
+        most = prices.most_of(width, height, detail) + most_tokens(ask.prompt.text)
+        expected = prices.of(width, height, detail) + len(ask.prompt.text.split())
+        return Bounds(most, config.max_tokens, expected)
 
     def key(self, ask: Ask) -> str:
         """Return under which key an answer is kept."""

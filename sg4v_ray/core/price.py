@@ -20,8 +20,9 @@ class ImageTokens:
 
     Source:
         OpenAI's guide "Images and vision", section on costs: with detail `high` an image is scaled
-        to fit 2,048 x 2,048, then until its shortest side has 768 pixels (never up), and cut into
-        tiles; `low` costs the base. GPT-4o and GPT-4 Turbo: 85 and 170.
+        to fit 2,048 x 2,048, then until its shortest side has 768 pixels, and cut into tiles;
+        `low` costs the base. GPT-4o and GPT-4 Turbo: 85 and 170. Whether a small image is scaled
+        up the guide does not say: `of` says no, `most_of` yes.
     """
 
     base: int = 85
@@ -29,12 +30,24 @@ class ImageTokens:
 
     def of(self, width: int, height: int, detail: Detail) -> int:
         """Return the tokens of an image of that many pixels."""
+        fit = min(1.0, _FIT / max(width, height))
+        return self._tiled(width, height, detail, fit * min(1.0, _short(width, height, fit)))
+
+    def most_of(self, width: int, height: int, detail: Detail) -> int:
+        """Return the most tokens that an image may be charged as: see the source above."""
+        fit = min(1.0, _FIT / max(width, height))
+        return self._tiled(width, height, detail, fit * _short(width, height, fit))
+
+    def _tiled(self, width: int, height: int, detail: Detail, scale: float) -> int:
         if detail == "low":
             return self.base
-        fit = min(1.0, _FIT / max(width, height))
-        fit *= min(1.0, _SHORT_SIDE / (fit * min(width, height)))
-        tiles = math.ceil(fit * width / _TILE) * math.ceil(fit * height / _TILE)
+        tiles = math.prod(math.ceil(round(scale * side, 6) / _TILE) for side in (width, height))
         return self.base + self.per_tile * tiles
+
+
+def _short(width: int, height: int, fit: float) -> float:
+    """Return the factor that gives the shortest side 768 pixels."""
+    return _SHORT_SIDE / (fit * min(width, height))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

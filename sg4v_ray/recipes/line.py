@@ -7,8 +7,9 @@ A recipe is one value of `Line`. Steps are joined by artifact names only.
 from dataclasses import dataclass
 
 from sg4v_ray.batch.plan import Flow
+from sg4v_ray.captions.batches import BatchLimits
 from sg4v_ray.captions.bulk import BulkConfig
-from sg4v_ray.captions.collect import CollectConfig
+from sg4v_ray.captions.collect import CollectConfig, Mode
 from sg4v_ray.captions.score import ScoreConfig
 from sg4v_ray.captions.teacher import Endpoint
 from sg4v_ray.core.artifact import Ref
@@ -45,8 +46,14 @@ class CollectStep:
     images: Ref
     out: Ref
     flow: Flow = Flow()
+    mode: Mode = "online"
+    """`batch`: the provider's Batch API first, at half the price; what it leaves, online."""
+    batch: BatchLimits = BatchLimits()
     local_teacher: bool = False
     """Start the recipe's own teacher on this machine and ask that one."""
+
+    def __post_init__(self) -> None:
+        self.flow.check_fills(self.endpoint.limits.in_flight)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,12 +4,14 @@
 One recipe a kind of source. Its path is a flag: `python -m jobs.index_images tars --help`.
 """
 
+from sg4v_ray.captions.choose import SampleConfig
 from sg4v_ray.captions.score import ScoreConfig
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.inference.clip_config import ClipConfig
 from sg4v_ray.recipes.easy_vqa import caption_step
 from sg4v_ray.recipes.embedded import CAPTIONER
 from sg4v_ray.recipes.line import IndexStep, Line, ScoreStep
+from sg4v_ray.recipes.teacher import PAPER_SAMPLE, collect_step, of_source
 from sg4v_ray.sources.catalogue import CATALOGUE, PaperImages
 from sg4v_ray.sources.folder import Folder, Glob
 from sg4v_ray.sources.index import IndexConfig, Source
@@ -19,11 +21,16 @@ from sg4v_ray.sources.tars import Tars
 from sg4v_ray.sources.urls import UrlList
 
 
-def caption_only(*sources: Source) -> Line:
-    """Index some sources, caption them, and score the captions."""
+def caption_only(*sources: Source, sample: SampleConfig | None = None) -> Line:
+    """Index some sources, caption them or have them captioned by a teacher, and score the captions.
+
+    Args:
+        sample: what a teacher is asked; None is all images of the first source.
+    """
     images, captions = Ref(name="images"), Ref(name="captions")
     return Line(
         images=(IndexStep(config=IndexConfig(sources=sources), out=images),),
+        collect=collect_step(images, sample or of_source(sources[0].name)),
         caption=caption_step(images, CAPTIONER, captions),
         score=ScoreStep(
             config=ScoreConfig(clip=ClipConfig()), captions=captions, out=Ref(name="caption-scores")
@@ -68,4 +75,5 @@ def urls() -> Line:
 
 def paper_images() -> Line:
     """Caption the paper's sources below one data root: --step.0.config.sources.*.data-root."""
-    return caption_only(*(PaperImages(name=name, data_root="/data") for name in CATALOGUE))
+    found = (PaperImages(name=name, data_root="/data") for name in CATALOGUE)
+    return caption_only(*found, sample=PAPER_SAMPLE)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a collection will take before a request is sent: images, tokens, dollars, hours by source.
+
+Image tokens are those of a sample of each source, decoded and sized as they will be sent.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from sg4v_ray.batch.pixels import read_images
+from sg4v_ray.captions.choose import choose
+from sg4v_ray.captions.collect import CollectConfig
+from sg4v_ray.captions.prompts import prompt
+from sg4v_ray.captions.teacher import Endpoint
+from sg4v_ray.core.artifact import Ref, find
+from sg4v_ray.core.images import Rejected, open_image
+from sg4v_ray.core.rows import ROWS, read_columns
+from sg4v_ray.core.sampling import sample
+from sg4v_ray.core.where import Where
+
+_LOOKED_AT: Final = 20
+"""Images of each source that are opened."""
+_CHARS: Final = 942
+"""Mean length of a caption of GPT-4V in the paper, section 3.2."""
+_CHARS_A_TOKEN: Final = 4.4
+"""English prose with GPT-4's tokenizer: OpenAI's rule of thumb is 4; captions have long words."""
+_BYTES_A_TOKEN: Final = 4.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceEstimate:
+    """One source, or all together."""
+
+    source: str
+    images: int
+    wanted: int
+    """More than `images` where the source has too few."""
+    prompt_tokens: int
+    completion_tokens: int
+    """Expected, of captions as long as the paper's."""
+    usd: float
+    """Expected, online."""
+    usd_in_batches: float
+    most_usd: float
+    """If every answer were as long as it may be: what a cap must allow to be never reached."""
+    hours: float | None
+    """At the limits given; None without limits."""
+
+
+def estimate(
+    config: CollectConfig, endpoint: Endpoint, *, images: Ref, where: Where
+) -> list[SourceEstimate]:
+    """Return what each source takes, and last the sum.
+
+    Raises:
+        ArtifactMissing: the index is not finished.
+        ConfigError: a source has no image.
+    """
+    storage = where.storage
+    find(storage, images)
+    rows, short = choose(read_columns(storage.sub(f"{images.path}/{ROWS}"), None), config.sample)
+    parts = []
+    for share in config.sample.shares:
+        mine = rows.filter(pc.equal(rows["source"], share.source))
+        wanted = short.get(share.source, (len(mine), 0))[0]
+        parts.append(_of_source(share.source, mine, wanted, config, endpoint))
+    return [*parts, _sum(parts)]
+
+
+def _of_source(
+    source: str, rows: pa.Table, wanted: int, config: CollectConfig, endpoint: Endpoint
+) -> SourceEstimate:
+    count, prices = len(rows), endpoint.prices
+    text = sum(
+        number["counts"] * len(prompt(number["values"]).text) / _BYTES_A_TOKEN
+        for number in pc.value_counts(rows["prompt"]).to_pylist()
+    )
+    prompt_tokens = round(text + count * _image_tokens(rows, config, endpoint))
+    said = min(config.teacher.max_tokens, round(_CHARS / _CHARS_A_TOKEN))
+    return SourceEstimate(
+        source=source,
+        images=count,
+        wanted=wanted,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=count * said,
+        usd=prices.usd(prompt_tokens, count * said),
+        usd_in_batches=prices.usd(prompt_tokens, count * said, in_batch=True),
+        most_usd=prices.usd(prompt_tokens, count * config.teacher.max_tokens),
+        hours=_hours(count, prompt_tokens + count * said, endpoint),
+    )
+
+
+def _image_tokens(rows: pa.Table, config: CollectConfig, endpoint: Endpoint) -> float:
+    """Return the mean tokens of an image; the most possible where none of the sample opens."""
+    sent, price = config.teacher.image, endpoint.prices.image
+    looked_at = sample(rows["id"].to_pylist(), _LOOKED_AT, config.sample.seed, "estimate")
+    uris = rows.filter(pc.is_in(rows["id"], value_set=pa.array(looked_at)))["uri"].to_pylist()
+    tokens = []
+    for data in read_images(uris, limits=config.images, fetch=config.fetch):
+        image = data if isinstance(data, Rejected) else open_image(data, config.images)
+        if isinstance(image, Image.Image):
+            image.thumbnail((sent.max_side, sent.max_side))
+            tokens.append(price.of(image.width, image.height, sent.detail))
+    if not tokens:
+        return price.of(sent.max_side, sent.max_side, sent.detail)
+    return sum(tokens) / len(tokens)
+
+
+def _hours(requests: int, tokens: int, endpoint: Endpoint) -> float | None:
+    limits = endpoint.limits
+    minutes = [
+        amount / limit
+        for amount, limit in (
+            (requests, limits.requests_per_min),
+            (tokens, limits.tokens_per_min),
+        )
+        if limit is not None
+    ]
+    return max(minutes) / 60 if minutes else None
+
+
+def _sum(parts: list[SourceEstimate]) -> SourceEstimate:
+    hours = [one.hours for one in parts if one.hours is not None]
+    return SourceEstimate(
+        source="all",
+        images=sum(one.images for one in parts),
+        wanted=sum(one.wanted for one in parts),
+        prompt_tokens=sum(one.prompt_tokens for one in parts),
+        completion_tokens=sum(one.completion_tokens for one in parts),
+        usd=math.fsum(one.usd for one in parts),
+        usd_in_batches=math.fsum(one.usd_in_batches for one in parts),
+        most_usd=math.fsum(one.most_usd for one in parts),
+        hours=sum(hours) if hours else None,
+    )
+
+
+def table(parts: list[SourceEstimate]) -> str:
+    """Return the estimate as text in columns."""
+    head = ("source", "images", "prompt tokens", "answer tokens", "USD", "in batches", "at most")
+    lines = [(*head, "hours")]
+    for one in parts:
+        images = f"{one.images:,}"
+        if one.images < one.wanted:
+            images += f" of {one.wanted:,}"
+        lines.append(
+            (
+                one.source,
+                images,
+                f"{one.prompt_tokens:,}",
+                f"{one.completion_tokens:,}",
+                f"{one.usd:,.2f}",
+                f"{one.usd_in_batches:,.2f}",
+                f"{one.most_usd:,.2f}",
+                "no limits given" if one.hours is None else f"{one.hours:,.1f}",
+            )
+        )
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if not place else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
