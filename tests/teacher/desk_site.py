@@ -47,7 +47,7 @@ def endpoint(url: str, **changes: object) -> Endpoint:
     settings = {
         "base_url": url,
         "prices": PRICES,
-        "timeout_s": 1.0,
+        "timeout_s": 5.0,
         "limits": Limits(in_flight=64),
         **changes,
     }
