@@ -54,6 +54,8 @@ def problem_of(record: dict[str, Any]) -> str | None:
     key = record.get("id")
     if type(key) is not str and type(key) is not int:
         return f"has the id {key!r}; an id is a string, or an integer as some of LLaVA's mix are"
+    if not _is_unicode(str(key)):
+        return f"has half of a surrogate pair in its id {_short(key)}; write another id"
     if "image" in record and (problem := _image_problem(record["image"])) is not None:
         return problem
     turns = record.get("conversations")
