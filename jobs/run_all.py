@@ -32,6 +32,8 @@ def plan(line: Line, where: Where) -> Iterator[Callable[[], Manifest]]:
         yield partial(_steps.index_questions, questions, where)
     if line.collect is not None:
         yield partial(_steps.collect_captions, line.collect, where)
+    if line.mix is not None:
+        yield partial(_steps.mix_dataset, line.mix, where)
     for train in (line.align, line.captioner):
         if train is not None:
             yield partial(_steps.build_dataset, datasets[train.dataset], where)

@@ -13,6 +13,7 @@ from sg4v_ray.captions.score import ScoreConfig
 from sg4v_ray.captions.teacher import Endpoint
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.dataset.build import BuildConfig
+from sg4v_ray.dataset.mixture import MixConfig
 from sg4v_ray.evaluation.run import EvaluateConfig
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.sources.index import IndexConfig, QuestionsConfig
@@ -47,6 +48,14 @@ class CollectStep:
     flow: Flow = Flow()
     local_teacher: bool = False
     """Start the recipe's own teacher on this machine and ask that one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixStep:
+    """Put captions in the place of those of an instruction set."""
+
+    config: MixConfig
+    out: Ref
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +128,7 @@ class Line:
     images: tuple[IndexStep, ...] = ()
     questions: tuple[QuestionsStep, ...] = ()
     collect: CollectStep | None = None
+    mix: MixStep | None = None
     datasets: tuple[DatasetStep, ...] = ()
     align: TrainStep | None = None
     captioner: TrainStep | None = None
