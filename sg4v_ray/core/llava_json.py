@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Final
 
 from sg4v_ray.core.errors import ContractError
 from sg4v_ray.core.json_array import Element, read_objects
+from sg4v_ray.core.location import is_container
 from sg4v_ray.core.records import Turn
 
 PLACEHOLDER = "<image>"
@@ -79,6 +80,7 @@ def _image_problem(image: object) -> str | None:
         and image
         and not image.startswith("/")
         and "://" not in image
+        and not is_container(image)
         and ".." not in image.split("/")
         and not _CONTROL.search(image)
         and _is_unicode(image)

@@ -157,7 +157,7 @@ def _look(config: MixConfig, show: bool) -> _Seen:
     """Count the instruction data and find what goes out."""
     is_detail = details.in_file(config.details) if config.details else details.asks_for_detail
     seen = _Seen()
-    for element in records_at(config.sft, bar="look" if show else None):
+    for element in records_at(config.sft, bar="find detailed captions" if show else None):
         image = _image(element, config.sft, config)
         source = source_of(image)
         seen.records += 1
@@ -177,7 +177,7 @@ def _look(config: MixConfig, show: bool) -> _Seen:
 
 def _choose(config: MixConfig, removed: list[Place], show: bool) -> Choice:
     pool: list[Candidate] = []
-    for element in records_at(config.captions, bar="choose" if show else None):
+    for element in records_at(config.captions, bar="choose captions" if show else None):
         turns = element.value["conversations"]
         image = _image(element, config.captions, config)
         if image is None or len(turns) != 2 or not turns[1]["value"].strip():
@@ -207,12 +207,12 @@ def _mixed(
     wanted = {one.index for one in (*seated.values(), *behind)}
     texts = {
         element.index: _with_folder(element, config.captions, config)
-        for element in records_at(config.captions, bar="captions" if show else None)
+        for element in records_at(config.captions, bar="read captions" if show else None)
         if element.index in wanted
     }
     gone = {one.index for one in seen.removed}
     index = -1
-    for element in records_at(config.sft, bar="write" if show else None):
+    for element in records_at(config.sft, bar="write the mix" if show else None):
         index = element.index
         if index not in gone:
             yield _with_folder(element, config.sft, config)

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mix replaces LLaVA's detailed captions, says what by what, and touches nothing else."""
 
+import itertools
 import json
 import random
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import mix_dataset
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.errors import ArtifactDrift, ArtifactMissing, ConfigError, ContractError
+from sg4v_ray.core.json_array import Element
 from sg4v_ray.core.where import Where
+from sg4v_ray.dataset import mixture
 from sg4v_ray.dataset.choose import Share
 from sg4v_ray.dataset.details import QUESTIONS_OF_THE_FILE
 from sg4v_ray.dataset.layout import source_of
@@ -133,13 +139,21 @@ def test_the_published_shares_make_the_published_number_of_records() -> None:
 
 def test_the_order_of_the_caption_file_changes_nothing_and_the_seed_everything(site: Site) -> None:
     many = [caption(f"{n}", f"sam/images/{n}.jpg") for n in range(50)]
-    twice = [record("7", "sam/images/7.jpg", "Describe it.", f"Other {n}.") for n in range(3)]
     take = (Share(source="sam", captions=3),)
-    site.captions(many + twice)
+    site.captions(many)
     first = site.mix(take=take)
-    site.captions(random.Random(3).sample(many + twice, 53))
+    site.captions(random.Random(3).sample(many, 50))
     assert site.mix("v2", take=take) == first
     assert site.mix("v3", take=take, seed=2) != first
+
+
+def test_nor_does_it_where_an_id_repeats(site: Site) -> None:
+    same = [record("7", "sam/images/7.jpg", "Describe it.", f"Text {n}.") for n in range(4)]
+    take = (Share(source="sam", captions=1),)
+    site.captions(same)
+    first = site.mix(take=take)
+    site.captions(same[::-1])
+    assert site.mix("v2", take=take) == first
 
 
 def test_the_report_counts_by_source_and_names_each_pair(site: Site) -> None:
@@ -226,6 +240,33 @@ def test_images_without_their_folder_get_one_or_the_mix_would_have_two_roots(sit
     mixed = site.mix(coco_folder="coco/train2017")
     assert {one["image"].rpartition("/")[0] for one in mixed} == {"coco/train2017"}
     assert site.report()["replaced_about_the_same_image"] == 2
+
+
+def test_a_file_that_changes_between_the_two_readings_makes_no_mix(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = mixture.records_at, Counter[str]()
+
+    def cut(uri: str, *, bar: str | None) -> Iterator[Element]:
+        seen[uri] += 1
+        yield from itertools.islice(whole(uri, bar=bar), 7 if seen[uri] == 2 else None)
+
+    monkeypatch.setattr(mixture, "records_at", cut)
+    with pytest.raises(ContractError, match="was changed while it was read"):
+        site.mix()
+
+
+def test_the_job_prints_the_table_and_where_the_mix_lies(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--config.sft", site.config.sft, "--config.captions", site.config.captions]
+    more = ["--config.expect-removed", "4", "--where.root", site.where.root]
+    monkeypatch.setattr(sys, "argv", ["mix_dataset", "sft-mix-equal", *files, *more])
+    mix_dataset.run()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| all | 8 | 4 | 4 | 8 |" in lines
+    place = f"{site.where.root}/sft-mix/v1/mix.json"
+    assert lines[-1] == f"sft-mix@v1: 8 records, 4 removed, 4 added: {place}"
 
 
 @pytest.mark.parametrize(
