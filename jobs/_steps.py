@@ -8,7 +8,7 @@ from sg4v_ray.batch import stage
 from sg4v_ray.captions import bulk, collect, score
 from sg4v_ray.core.artifact import Manifest
 from sg4v_ray.core.where import Where
-from sg4v_ray.dataset import build
+from sg4v_ray.dataset import build, mixture
 from sg4v_ray.evaluation import run as evaluation
 from sg4v_ray.recipes import easy_vqa_teacher, embedded
 from sg4v_ray.recipes.line import (
@@ -17,6 +17,7 @@ from sg4v_ray.recipes.line import (
     DatasetStep,
     EvaluateStep,
     IndexStep,
+    MixStep,
     QuestionsStep,
     ScoreStep,
     TrainStep,
@@ -57,6 +58,11 @@ def collect_captions(
             batch=step.batch,
             retry=retry,
         )
+
+
+def mix_dataset(step: MixStep, where: Where) -> Manifest:
+    """Mix the captions of a step into its instruction data."""
+    return mixture.run(step.config, out=step.out, where=where)
 
 
 def build_dataset(step: DatasetStep, where: Where) -> Manifest:

@@ -15,7 +15,7 @@ from jobs import _steps
 from jobs._cli import main, parse, ray_session, summary
 from sg4v_ray.core.artifact import Manifest
 from sg4v_ray.core.where import Where
-from sg4v_ray.recipes.line import Line
+from sg4v_ray.recipes.line import Line, TrainStep
 
 _log = logging.getLogger("sg4v_ray.jobs")
 
@@ -23,28 +23,36 @@ _log = logging.getLogger("sg4v_ray.jobs")
 def plan(line: Line, where: Where) -> Iterator[Callable[[], Manifest]]:
     """Yield the steps of a line so that each finds its inputs finished.
 
-    A dataset is built right before the training that reads it. A teacher is asked (and paid) only
-    where something is trained on its captions.
+    A dataset is built right before the training that reads it; where nothing is trained, last. A
+    teacher is asked (and paid) only where something is trained on its captions.
     """
-    datasets = {step.out: step for step in line.datasets}
     for index in line.images:
         yield partial(_steps.index_images, index, where)
     for questions in line.questions:
         yield partial(_steps.index_questions, questions, where)
     if line.collect is not None and (line.align or line.captioner):
         yield partial(_steps.collect_captions, line.collect, where)
-    for train in (line.align, line.captioner):
-        if train is not None:
-            yield partial(_steps.build_dataset, datasets[train.dataset], where)
-            yield partial(_steps.train, train, where)
+    if line.mix is not None:
+        yield partial(_steps.mix_dataset, line.mix, where)
+    yield from _training(line, (line.align, line.captioner), where)
     if line.caption is not None:
         yield partial(_steps.caption_images, line.caption, where)
-    for train in (line.pretrain, line.finetune):
+    yield from _training(line, (line.pretrain, line.finetune), where)
+    if not any((line.align, line.captioner, line.pretrain, line.finetune)):
+        for dataset in line.datasets:
+            yield partial(_steps.build_dataset, dataset, where)
+    if line.evaluate is not None:
+        yield partial(_steps.evaluate, line.evaluate, where)
+
+
+def _training(
+    line: Line, trainings: tuple[TrainStep | None, ...], where: Where
+) -> Iterator[Callable[[], Manifest]]:
+    datasets = {step.out: step for step in line.datasets}
+    for train in trainings:
         if train is not None:
             yield partial(_steps.build_dataset, datasets[train.dataset], where)
             yield partial(_steps.train, train, where)
-    if line.evaluate is not None:
-        yield partial(_steps.evaluate, line.evaluate, where)
 
 
 def run() -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build training data: captions and questions in, conversations out, nothing dropped unnamed.
 
-captions@v, caption-scores@v, questions@v -> parts -> dataset@v (one Arrow file and a card)
+captions@v, caption-scores@v, questions@v, sft-mix@v, LLaVA JSON -> parts -> dataset@v
+(one Arrow file and a card)
 
 Rejected captions stay in their own artifact; here they are counted by reason and left out.
 """
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 
@@ -24,7 +26,9 @@ from sg4v_ray.core.records import CaptionRow, Question, Sample, Turn, schema, to
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.dataset import conversations
 from sg4v_ray.dataset.card import card
+from sg4v_ray.dataset.conversations import JsonPart, MixPart
 from sg4v_ray.dataset.filter import CaptionFilter, left_out
 from sg4v_ray.model.instructions import training_question
 
@@ -52,17 +56,22 @@ class QuestionsPart:
     questions: Ref
 
 
+Part: TypeAlias = CaptionsPart | QuestionsPart | JsonPart | MixPart
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
     """What a dataset is made of."""
 
-    parts: tuple[CaptionsPart | QuestionsPart, ...]
+    parts: tuple[Part, ...]
     seed: int
     """Draws the question of each caption and the order of each image's questions."""
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise ConfigError("a dataset needs at least one part; name captions or questions")
+            raise ConfigError(
+                "a dataset needs at least one part; name captions, questions or a LLaVA JSON"
+            )
 
 
 def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
@@ -73,16 +82,19 @@ def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
         ContractError: two parts give samples of one id, or nothing is left.
     """
     storage = where.storage
-    refs = [ref for part in config.parts for ref in _refs(part)]
-    inputs = {str(ref): find(storage, ref).fingerprint for ref in refs}
+    inputs: dict[str, str] = {}
+    for part in config.parts:
+        inputs |= _inputs(storage, part)
     if is_finished(storage, out, config=config, inputs=inputs):
         return find(storage, out)
     home = begin(storage, out, config, inputs=inputs, anew=True)
     counts: Counter[str] = Counter()
     with hold(home) as lease, tempfile.TemporaryDirectory() as folder:
-        _write(Path(folder) / SAMPLES, _samples(storage, config, counts))
+        _write(Path(folder) / SAMPLES, _samples(where, config, counts))
         if not counts["samples"]:
-            raise ContractError(f"{out} would be empty: every row of {refs} was rejected")
+            raise ContractError(
+                f"{out} would be empty: every row of {', '.join(inputs)} is rejected"
+            )
         (Path(folder) / CARD).write_text(card(str(out), inputs, counts))
         digests = home.upload(Path(folder), "")
         return commit(
@@ -96,10 +108,14 @@ def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
         )
 
 
-def _refs(part: CaptionsPart | QuestionsPart) -> tuple[Ref, ...]:
+def _inputs(storage: Storage, part: Part) -> dict[str, str]:
+    if isinstance(part, JsonPart | MixPart):
+        return conversations.inputs_of(storage, part)
     if isinstance(part, QuestionsPart):
-        return (part.questions,)
-    return (part.captions, part.filter.scores) if part.filter else (part.captions,)
+        refs: tuple[Ref, ...] = (part.questions,)
+    else:
+        refs = (part.captions, part.filter.scores) if part.filter else (part.captions,)
+    return {str(ref): find(storage, ref).fingerprint for ref in refs}
 
 
 def _write(file: Path, samples: Iterator[Sample]) -> None:
@@ -117,18 +133,21 @@ def _write(file: Path, samples: Iterator[Sample]) -> None:
         writer.write_table(to_table(Sample, batch))
 
 
-def _samples(storage: Storage, config: BuildConfig, counts: Counter[str]) -> Iterator[Sample]:
+def _samples(where: Where, config: BuildConfig, counts: Counter[str]) -> Iterator[Sample]:
     for part in config.parts:
-        made = (
-            _from_captions(storage, part, config.seed, counts)
-            if isinstance(part, CaptionsPart)
-            else _from_questions(storage, part, config.seed)
-        )
-        for sample in made:
+        for sample in _from(part, where, config.seed, counts):
             counts["samples"] += 1
             counts[f"samples_{sample.source}"] += 1
             counts["turns"] += len(sample.turns)
             yield sample
+
+
+def _from(part: Part, where: Where, seed: int, counts: Counter[str]) -> Iterator[Sample]:
+    if isinstance(part, CaptionsPart):
+        return _from_captions(where.storage, part, seed, counts)
+    if isinstance(part, QuestionsPart):
+        return _from_questions(where.storage, part, seed)
+    return conversations.samples(where.storage, part, counts, show=where.progress)
 
 
 def _from_captions(

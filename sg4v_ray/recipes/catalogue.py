@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from sg4v_ray.recipes import easy_vqa, sources
+from sg4v_ray.recipes import easy_vqa, mixes, sources
 from sg4v_ray.recipes.line import Line
 
 RECIPES: Final[Mapping[str, Callable[[], Line]]] = {
@@ -17,6 +17,9 @@ RECIPES: Final[Mapping[str, Callable[[], Line]]] = {
     "llava-json": sources.llava_json,
     "urls": sources.urls,
     "paper-images": sources.paper_images,
+    "sft-mix-published": mixes.published,
+    "sft-mix-equal": mixes.equal,
+    "llava-data": mixes.llava_data,
     "easy-vqa": easy_vqa.easy_vqa,
     "easy-vqa-one-word": easy_vqa.easy_vqa_one_word,
     "easy-vqa-no-pretraining": easy_vqa.easy_vqa_no_pretraining,

@@ -14,6 +14,7 @@ from sg4v_ray.captions.score import ScoreConfig
 from sg4v_ray.captions.teacher import Endpoint
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.dataset.build import BuildConfig
+from sg4v_ray.dataset.mixture import MixConfig
 from sg4v_ray.evaluation.run import EvaluateConfig
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.sources.index import IndexConfig, QuestionsConfig
@@ -54,6 +55,14 @@ class CollectStep:
 
     def __post_init__(self) -> None:
         self.flow.check_fills(self.endpoint.limits.in_flight)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixStep:
+    """Put captions in the place of those of an instruction set."""
+
+    config: MixConfig
+    out: Ref
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +135,7 @@ class Line:
     images: tuple[IndexStep, ...] = ()
     questions: tuple[QuestionsStep, ...] = ()
     collect: CollectStep | None = None
+    mix: MixStep | None = None
     datasets: tuple[DatasetStep, ...] = ()
     align: TrainStep | None = None
     captioner: TrainStep | None = None

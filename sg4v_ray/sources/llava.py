@@ -8,9 +8,7 @@ those who repeated ShareGPT4V found out in the middle of training.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sg4v_ray.core.errors import ContractError
-from sg4v_ray.core.image_bytes import open_file
-from sg4v_ray.core.llava_json import read_records
+from sg4v_ray.core.llava_file import records_at
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.sources import listing
@@ -35,23 +33,15 @@ class LlavaImages:
         """Yield a row an image, those that are not there too; their size is 0.
 
         Raises:
+            ConfigError: there is no such file or folder.
             ContractError: the file is no such JSON, or a path leads out of the folder.
         """
         root = self.images.rstrip("/")
         there = {one.name: one.size_bytes for one in listing.below(root)}
         seen: set[str] = set()
-        with open_file(self.json) as file:
-            for record in read_records(file, where=self.json):
-                path = record.get("image")
-                if path is None:
-                    continue
-                if not isinstance(path, str) or path.startswith("/") or ".." in path.split("/"):
-                    raise ContractError(
-                        f"{self.json}: the image {path!r} of {record.get('id')!r} is no path "
-                        f"below {root}"
-                    )
-                if path in seen:
-                    continue
+        for element in records_at(self.json):
+            path = element.value.get("image")
+            if path is not None and path not in seen:
                 seen.add(path)
                 size = there.get(path, 0)
                 yield ImageRow(id=path, source=self.name, uri=f"{root}/{path}", size_bytes=size)

@@ -99,8 +99,9 @@ def test_the_card_names_inputs_and_counts(where: Where) -> None:
 
 
 def test_the_export_has_the_published_schema_and_leaves_rejects_out(where: Where) -> None:
-    assert export(captions=CAPTIONS, to="llava.json", seed=0, where=where) == 2
-    data = where.storage.get("captions/v1/llava.json")
+    name = "sharegpt4v_instruct_gpt4-vision_cap100k.json"
+    assert export(captions=CAPTIONS, to=name, seed=0, where=where) == 2
+    data = where.storage.get(f"captions/v1/{name}")
     records = {one["id"]: one for one in read_records(io.BytesIO(data), where="")}
     assert set(records) == {"a.png", "c.png"}
     assert records["a.png"]["image"] == "a.png"

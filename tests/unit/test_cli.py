@@ -118,3 +118,4 @@ def test_every_recipe_is_a_plan_in_which_inputs_come_first(name: str) -> None:
             if type(ref).__name__ == "Ref":
                 assert str(ref) in made, f"{part} needs {ref}"
         made.add(str(part.out))
+    assert made, "a recipe does something"
