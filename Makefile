@@ -9,7 +9,7 @@ CPUS := --where.engine-threads 2
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line show-captioning lock
+.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line show-captioning show-teacher lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,7 +60,7 @@ loop-baselines: .venv/installed  ## the same without good captions: one word eac
 show-line: .venv/installed  ## everything this repository claims and a script can show
 	$(MAKE) check
 	$(MAKE) clean-demo demo
-	$(RUN) pytest -m 'not gpu and not shown and not scale'
+	$(RUN) pytest -m 'not gpu and not shown and not scale and not (teacher and soak)'
 	$(MAKE) loop
 	$(RUN) pytest -m shown tests/shown/test_line.py
 
@@ -69,6 +69,10 @@ show-captioning: .venv/installed  ## what is claimed about captioning at scale (
 	$(RUN) pytest -m scale
 	$(RUN) jobs.bench_captions --images 200 --rows 1200000
 	$(RUN) pytest -m shown tests/shown/test_captioning.py
+
+show-teacher: .venv/installed  ## what is claimed about teacher captions (about 35 minutes)
+	$(MAKE) check
+	$(RUN) pytest -m teacher
 
 lock: .venv/installed  ## resolve the two lock files anew
 	$(BIN)/uv pip compile requirements-cpu.in --override requirements-cpu.overrides --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-cpu.lock

@@ -2,12 +2,15 @@
 """Ray job: collect captions from the teacher, within a budget and never twice.
 
 python -m jobs.collect_captions RECIPE --dry-run     what it will take: tokens, dollars, hours
-python -m jobs.collect_captions RECIPE [--collect.endpoint.max-usd 300] [--where.root PATH_OR_URI]
+python -m jobs.collect_captions RECIPE [--endpoint.max-usd 300] [--where.root PATH_OR_URI]
 ray job submit --working-dir . -- python -m jobs.collect_captions RECIPE --where.root $PWD/runs
 """
 
 import sys
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from jobs import _steps
 from jobs._cli import main, parse, ray_session, summary
@@ -19,7 +22,7 @@ from sg4v_ray.recipes.line import CollectStep, Line
 class CollectJob:
     """What this job does."""
 
-    collect: CollectStep
+    collect: Annotated[CollectStep, tyro.conf.arg(name="")]
     """The collection, as its recipe has it."""
     dry_run: bool = False
     """Print what it will take, and send nothing."""

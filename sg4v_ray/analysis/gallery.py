@@ -5,6 +5,7 @@ The page filters by reject reason and searches text in the browser. `#reject=tru
 `#only=captions` and `#q=red+circle` after its address choose a view, so that one can be sent on.
 """
 
+import itertools
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,10 @@ class GalleryItem:
     """A `Reject` value, or None for a good caption."""
     detail: str | None = None
     """What a person needs to know about the reject."""
+    group: str | None = None
+    """Heading that it stands below; items of a group follow each other."""
+    notes: tuple[str, ...] = ()
+    """Facts in small print, e.g. what was asked."""
 
 
 def write_gallery(
@@ -57,15 +62,25 @@ def render_gallery(
         above: shown between the figures and the images, with its own `style`.
     """
     rejects: Counter[str | None] = Counter()
-    cards = []
-    for item in items:
-        rejects[item.reject] += 1
-        cards.append(_card(item))
-    nothing = element("p", "Nothing matches this search.", id="nothing", hidden=bool(cards))
-    wall = element("section", *cards, class_="wall", aria_label="Images and captions")
+    walls = []
+    for group, members in itertools.groupby(items, key=lambda item: item.group):
+        cards = []
+        for item in members:
+            rejects[item.reject] += 1
+            cards.append(_card(item))
+        walls.append(_wall(group, cards))
+    nothing = element("p", "Nothing matches this search.", id="nothing", hidden=bool(walls))
     top = [html.figures(figures)] if above is None else [html.figures(figures), above]
-    body = html.join([*top, _toolbar(rejects), nothing, wall])
+    body = html.join([*top, _toolbar(rejects), nothing, *walls])
     return html.page(title, body, style=_STYLE + style, script=_SCRIPT)
+
+
+def _wall(group: str | None, cards: list[Markup]) -> Markup:
+    heading = [] if group is None else [element("h2", group)]
+    label = group or "Images and captions"
+    return element(
+        "section", *heading, element("div", *cards, class_="wall"), aria_label=label
+    )
 
 
 def _card(item: GalleryItem) -> Markup:
@@ -100,7 +115,8 @@ def _words(item: GalleryItem) -> list[Markup]:
         words.append(element("p", item.text, class_="text"))
     elif item.reject is None:
         words.append(element("p", "no text", class_="detail"))
-    return [*words, element("p", item.id, class_="id")]
+    notes = [element("p", note, class_="note") for note in item.notes]
+    return [*words, *notes, element("p", item.id, class_="id")]
 
 
 def _toolbar(rejects: Counter[str | None]) -> Markup:
@@ -193,7 +209,8 @@ article p { margin: 0; overflow-wrap: anywhere; }
   display: inline-block; padding: 0.05rem 0.5rem; border-radius: 0.35rem; font-size: 0.9rem;
   font-weight: 600; color: var(--bad); background: var(--bad-page);
 }
-.detail { color: var(--soft); font-size: 0.9rem; }
+.detail, .note { color: var(--soft); font-size: 0.9rem; }
+h2 { margin: 1.75rem 0 0.75rem; font-size: 1.2rem; }
 .id {
   margin-top: auto !important; color: var(--soft);
   font: 0.78rem/1.4 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
@@ -230,6 +247,9 @@ function apply() {
   });
   for (const chip of chips) {
     chip.parentElement.querySelector("b").textContent = number(counts.get(chip.value));
+  }
+  for (const section of document.querySelectorAll("section")) {
+    section.hidden = !section.querySelector("article:not([hidden])");
   }
   document.querySelector("#shown").textContent =
     `${number(shown)} of ${number(cards.length)}`;

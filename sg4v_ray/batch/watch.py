@@ -37,6 +37,7 @@ STATUS = "status.json"
 _CURVES = "curves"
 _TERMINAL_S, _FILE_S = 0.5, 15.0
 _STATUS_S = 5.0
+_NAMED_REASONS = 3
 _RATE_S = 120.0
 """Rates and the ETA are of so many seconds: a pool that grew is not slow because it was."""
 _MEASURED_ROWS_PER_ACTOR = 64
@@ -180,6 +181,9 @@ class Watch:
         seconds = self._bar.format_dict["elapsed"]
         rate = progress.tokens / seconds if seconds else 0.0
         text = f"{rate:.0f} tokens/s, {progress.rejects.total()} rejected"
+        if progress.rejects:
+            common = progress.rejects.most_common(_NAMED_REASONS)
+            text += f" ({', '.join(f'{count} {reason}' for reason, count in common)})"
         so_far, expected = self._usd(progress)
         if so_far:
             text += f", ${so_far:.2f} of about ${expected or so_far:.2f}"

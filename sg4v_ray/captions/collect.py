@@ -239,8 +239,11 @@ def desk_of(
 def _close(desk: "DeskHandle", home: Storage) -> None:
     """Wait for what is on its way, say what was lost in all runs, and end the desk."""
     try:
-        _get(desk.stop.remote())
         status: DeskStatus = _get(desk.status.remote())
+        if status.on_their_way:
+            _log.warning("waiting for %d answers on their way", status.on_their_way)
+        _get(desk.stop.remote())
+        status = _get(desk.status.remote())
     except RayActorError as error:
         _log.warning("the process that asks the teacher is gone: %s", error)
         return

@@ -138,8 +138,18 @@ class Desk:
         if task is None:
             task = asyncio.create_task(self._ask_until_answered(ask, key))
             self._asking[key] = task
-            task.add_done_callback(lambda _: self._asking.pop(key))
+            task.add_done_callback(lambda done: self._forget(key, done))
         return await asyncio.shield(task)
+
+    def _forget(self, key: str, done: "asyncio.Task[Paid | Reply]") -> None:
+        del self._asking[key]
+        if not done.cancelled():
+            done.exception()  # looked at: whoever asked may be gone
+
+    @property
+    def on_their_way(self) -> int:
+        """Requests that are admitted and not settled."""
+        return self._open
 
     async def stop(self) -> None:
         """Send nothing more and wait for what is on its way."""

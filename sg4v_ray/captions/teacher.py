@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -84,11 +85,19 @@ class Endpoint:
     """Prices of the model. The recipe's are of the day that it names: check them."""
     max_usd: float | None = None
     """Hard cap of all runs of this collection together: no request goes out that could pass it."""
+    plain_http: bool = False
+    """Allow http:// to another machine: whoever is on the way there can read the key."""
     max_tries: int = 8
     """How often an image is sent whose answers get lost or fail. While others are answered it is
     then a reject (`no_answer`); when none is, the job ends and can be run again."""
 
     def __post_init__(self) -> None:
+        if self.api_key_env and not self.plain_http and not _keeps_secrets(self.base_url):
+            raise ConfigError(
+                f"base_url {self.base_url!r} is not https, so the key could be read on the way. "
+                "Write https://, or --endpoint.api-key-env None for a teacher without keys, or "
+                "--endpoint.plain-http in a network that is yours alone"
+            )
         if self.max_tries < 1:
             raise ConfigError(f"max_tries must be at least 1, got {self.max_tries}")
         if self.max_usd is not None and self.prices.usd(10**6, 10**6) == 0:
@@ -128,6 +137,12 @@ class Reply:
     completion_tokens: int
     usage_is_sound: bool
     """False where the counts are missing or cannot be: then the most is charged."""
+
+
+def _keeps_secrets(url: str) -> bool:
+    """Say whether a URL is https or of this machine."""
+    place = urlsplit(url)
+    return place.scheme == "https" or place.hostname in ("127.0.0.1", "::1", "localhost")
 
 
 class TurnedAway(Exception):

@@ -56,6 +56,7 @@ class DeskStatus:
 
     spent_usd: float
     """Of all runs of this artifact."""
+    on_their_way: int
     sent: int
     known: int
     outcomes: dict[str, int]
@@ -126,6 +127,7 @@ class TeacherDesk:
         counts, job = self._desk.counts, self._desk.job
         return DeskStatus(
             spent_usd=self._ledger.spent_usd[job],
+            on_their_way=self._desk.on_their_way,
             sent=counts.sent,
             known=counts.known,
             outcomes=dict(counts.outcomes),

@@ -4,15 +4,15 @@
 import hashlib
 import heapq
 from collections.abc import Iterable
-from typing import Final
+from dataclasses import dataclass
 
-_BITS: Final = 64
+from sg4v_ray.core.errors import ConfigError
 
 
 def draw(key: str, seed: int, purpose: str) -> float:
     """Return a number from 0 up to 1 for an id; draws for other purposes are independent."""
     digest = hashlib.sha256(f"{purpose}/{seed}/{key}".encode()).digest()
-    return float(int.from_bytes(digest[: _BITS // 8], "big") >> 11) / 2**53
+    return float(int.from_bytes(digest[:8], "big") >> 11) / 2**53  # all bits that a float has
 
 
 def sample(keys: Iterable[str], count: int, seed: int, purpose: str) -> list[str]:
@@ -21,3 +21,26 @@ def sample(keys: Iterable[str], count: int, seed: int, purpose: str) -> list[str
     Asked for more, it returns the same ones and more: a larger sample contains a smaller one.
     """
     return heapq.nsmallest(count, keys, key=lambda key: (draw(key, seed, purpose), key))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HoldOut:
+    """Rows that people read and nothing is trained on: so many of each source, by seed."""
+
+    per_source: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.per_source < 1:
+            raise ConfigError(f"per_source must be at least 1, got {self.per_source}")
+
+    def of(self, rows: Iterable[tuple[str, str]]) -> set[str]:
+        """Return the ids that are held out of rows, each an id and its source."""
+        by_source: dict[str, list[str]] = {}
+        for key, source in rows:
+            by_source.setdefault(source, []).append(key)
+        return {
+            key
+            for ids in by_source.values()
+            for key in sample(ids, self.per_source, self.seed, "hold-out")
+        }

@@ -24,6 +24,7 @@ from sg4v_ray.core.errors import ConfigError, ContractError
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import CaptionRow, Question, Sample, Turn, schema, to_table
 from sg4v_ray.core.rows import read_rows
+from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset import conversations
@@ -34,6 +35,7 @@ from sg4v_ray.model.instructions import training_question
 
 SAMPLES = "samples.arrow"
 CARD = "README.md"
+HELD_OUT = "held_out"
 _ROWS_PER_BATCH = 10_000
 
 
@@ -47,6 +49,8 @@ class CaptionsPart:
     empty keeps it whole."""
     filter: CaptionFilter | None = None
     """What is left out by scores (`jobs.score_captions`); None leaves out rejects alone."""
+    hold_out: HoldOut | None = None
+    """What is kept for people to read (`jobs.review_captions`) and not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,12 +158,15 @@ def _from_captions(
     storage: Storage, part: CaptionsPart, seed: int, counts: Counter[str]
 ) -> Iterator[Sample]:
     unwanted = left_out(storage, part.filter, part.captions) if part.filter else {}
-    for row in read_rows(storage, part.captions, CaptionRow):
+    rows: list[CaptionRow] = read_rows(storage, part.captions, CaptionRow)
+    if part.hold_out is not None:
+        unwanted |= dict.fromkeys(part.hold_out.of((one.id, one.source) for one in rows), HELD_OUT)
+    for row in rows:
         reason = row.reject or unwanted.get(row.id)
         if reason is not None:
             counts[f"left_out_{reason}"] += 1
             continue
-        text = shrink(row.text, part.only_words) if part.only_words else row.text
+        text = shrink(row.text or "", part.only_words) if part.only_words else row.text
         if text is None:
             counts["left_out_without_word"] += 1
             continue

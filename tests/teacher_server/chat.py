@@ -85,6 +85,8 @@ class Chat:
         shape: dict[str, Any],
     ) -> web.StreamResponse:
         self._log(request, n, outcome, ask)
+        if self._config.echo_key:
+            shape["error"]["message"] += f" You sent {request.headers.get('Authorization')}."
         return await self._send(request, n, status, headers, json.dumps(shape).encode())
 
     def _log(

@@ -96,6 +96,8 @@ class ServerConfig:
     refuse_unless_share: float = 1.0
     """Share of the images that are refused with any other text."""
     refuse_unless_outcome: str = "refusal"
+    echo_key: bool = False
+    """Errors repeat the key that the client sent, as careless proxies do."""
     retry_after_s: int = 1
     """What errors say in Retry-After; whole seconds."""
 

@@ -23,6 +23,8 @@ VERBS = (
     "build_dataset",
     "caption_images",
     "collect_captions",
+    "retry_teacher",
+    "review_captions",
     "demo",
     "evaluate",
     "finetune",

@@ -212,14 +212,23 @@ def test_a_usage_that_cannot_be_is_not_believed(usage: Any) -> None:
 def test_a_missing_key_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
-        Endpoint(base_url="http://teacher/v1").key()
+        Endpoint(base_url="https://teacher/v1").key()
+
+
+@pytest.mark.parametrize("url", ["http://teacher/v1", "ftp://x", "http://127.0.0.1.evil.org/v1"])
+def test_a_key_is_not_sent_where_others_can_read_it(url: str) -> None:
+    with pytest.raises(ConfigError, match="is not https"):
+        Endpoint(base_url=url)
+    assert Endpoint(base_url=url, plain_http=True).base_url == url
+    assert Endpoint(base_url=url, api_key_env=None).base_url == url
+    assert Endpoint(base_url="http://127.0.0.1:8000/v1").api_key_env == "OPENAI_API_KEY"
 
 
 def test_a_cap_without_prices_is_refused_since_nothing_would_be_counted() -> None:
     with pytest.raises(ConfigError, match="prices are 0"):
-        Endpoint(base_url="http://teacher/v1", max_usd=5.0)
+        Endpoint(base_url="https://teacher/v1", max_usd=5.0)
     prices = PriceTable(input_usd_per_mtok=1.0, output_usd_per_mtok=2.0)
-    assert Endpoint(base_url="http://teacher/v1", max_usd=5.0, prices=prices).max_usd == 5.0
+    assert Endpoint(base_url="https://teacher/v1", max_usd=5.0, prices=prices).max_usd == 5.0
 
 
 def test_an_answers_key_is_of_model_prompt_image_and_parameters() -> None:

@@ -22,17 +22,17 @@ IMAGES, OUT = Ref(name="images"), Ref(name="teacher-captions")
 KEY_VARIABLE = "A_TEACHERS_KEY"
 FLAGS = (
     "folder",
-    "--collect.config.teacher.max-tokens=512",
-    f"--collect.endpoint.api-key-env={KEY_VARIABLE}",
-    "--collect.endpoint.timeout-s=4",
-    "--collect.endpoint.limits.requests-per-min=None",
-    "--collect.endpoint.limits.tokens-per-min=None",
-    "--collect.endpoint.limits.in-flight=64",
-    "--collect.config.budget.max-reject-rate=0.5",
-    "--collect.config.teacher.model=gpt-4o",
-    "--collect.flow.rows-per-block=100",
-    "--collect.flow.batch-size=16",
-    "--collect.flow.batches-in-flight=8",
+    "--config.teacher.max-tokens=512",
+    f"--endpoint.api-key-env={KEY_VARIABLE}",
+    "--endpoint.timeout-s=4",
+    "--endpoint.limits.requests-per-min=None",
+    "--endpoint.limits.tokens-per-min=None",
+    "--endpoint.limits.in-flight=64",
+    "--config.budget.max-reject-rate=0.5",
+    "--config.teacher.model=gpt-4o",
+    "--flow.rows-per-block=100",
+    "--flow.batch-size=16",
+    "--flow.batches-in-flight=8",
     "--where.engine-cpus=0.5",
     "--where.no-progress",
 )
@@ -52,7 +52,7 @@ class CollectSite:
         argv = [
             *(sys.executable, "-m", "jobs.collect_captions", *FLAGS),
             f"--where.root={self.storage.root}",
-            f"--collect.endpoint.base-url={self.provider.url}",
+            f"--endpoint.base-url={self.provider.url}",
             *flags,
         ]
         log = self.logs / f"{time.monotonic_ns()}.log"

@@ -10,6 +10,7 @@ import pytest
 
 from sg4v_ray.batch.plan import Flow
 from sg4v_ray.captions import collect
+from sg4v_ray.captions.choose import SampleConfig, Share
 from sg4v_ray.captions.collect import CollectConfig
 from sg4v_ray.captions.prompts import DETAILED_2026_11
 from sg4v_ray.captions.teacher import Endpoint, TeacherConfig
@@ -59,8 +60,10 @@ def test_a_wrong_key_is_told_as_such(locked_teacher: str, tmp_path: Path) -> Non
     with pytest.raises(TeacherUnusable, match=r"answered 401.*Check the key") as caught:
         collect.run(
             CollectConfig(
-                sources=("folder",),
-                teacher=TeacherConfig(model="gpt-4o", prompt=DETAILED_2026_11.name),
+                sample=SampleConfig(
+                    shares=(Share(source="folder", prompt=DETAILED_2026_11.name),)
+                ),
+                teacher=TeacherConfig(model="gpt-4o"),
             ),
             endpoint=Endpoint(base_url=locked_teacher, api_key_env=None),
             images=images,

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher's key is nowhere but in the environment: not in logs, artifacts or error texts."""
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.teacher_server.config import Always, ServerConfig
+from tests.teacher_server.running import serving
+from tests.with_ray.collect_site import KEY_VARIABLE, make_collect_site
+
+pytestmark = [pytest.mark.teacher, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its logs: a short path, since sockets are below it."""
+    folder = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def files_with(key: str, *folders: Path) -> list[Path]:
+    """Return the files below some folders that contain a key, in any encoding of text."""
+    needles = [key.encode(), key.encode("utf-16-le")]
+    found = []
+    for folder in folders:
+        for file in folder.rglob("*"):
+            if file.is_file() and any(needle in file.read_bytes() for needle in needles):
+                found.append(file)
+    return found
+
+
+@pytest.mark.parametrize("outcome", ["401", "400", "500"])
+def test_a_failing_job_tells_the_key_to_nobody(
+    tmp_path: Path, ray_folder: Path, outcome: str
+) -> None:
+    key = f"sk-{secrets.token_hex(20)}"
+    always = (Always(outcome=outcome),)
+    # The worst provider: it repeats the key that it was given.
+    config = ServerConfig(key=key, always=always, echo_key=True)
+    (tmp_path / "provider").mkdir()
+    with serving(config, tmp_path / "provider" / "log.jsonl") as provider:
+        site = make_collect_site(tmp_path, provider, 40)
+        driver = site.drive(
+            "--endpoint.max-tries=2",
+            environment={KEY_VARIABLE: key, "RAY_TMPDIR": str(ray_folder)},
+        )
+        assert driver.wait() == 1
+    assert len(list(ray_folder.rglob("*.log"))) > 3, "Ray's logs are looked through"
+    assert "[API key]" in driver.errors, "the provider said it, and we did not repeat it"
+    assert not files_with(key, tmp_path / "root", tmp_path / "logs", ray_folder)
