@@ -78,9 +78,7 @@ def render_gallery(
 def _wall(group: str | None, cards: list[Markup]) -> Markup:
     heading = [] if group is None else [element("h2", group)]
     label = group or "Images and captions"
-    return element(
-        "section", *heading, element("div", *cards, class_="wall"), aria_label=label
-    )
+    return element("section", *heading, element("div", *cards, class_="wall"), aria_label=label)
 
 
 def _card(item: GalleryItem) -> Markup:

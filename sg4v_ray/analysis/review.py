@@ -54,9 +54,7 @@ def write_review(
     rows: list[TeacherCaptionRow] = read_rows(storage, captions, TeacherCaptionRow)
     chosen = hold_out.of((row.id, row.source) for row in rows)
     shown = sorted((row for row in rows if row.id in chosen), key=lambda row: (row.source, row.id))
-    items = (
-        _item(item, row, flag) for item, row in zip(items_of(shown), shown, strict=True)
-    )
+    items = (_item(item, row, flag) for item, row in zip(items_of(shown), shown, strict=True))
     figures = {source: _figures(rows, source) for source in sorted({row.source for row in rows})}
     page = render_gallery(
         title=f"{captions}: {len(shown)} captions to read",

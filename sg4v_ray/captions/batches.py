@@ -237,7 +237,7 @@ class Batches:
 
     async def _take_file(self, name: str, file_id: str) -> None:
         content = await self._call(lambda: self._client.files.content(file_id))
-        lines = [line for line in content.text.splitlines() if line.strip()]
+        lines = [line for line in content.text.split("\n") if line.strip()]
         for start in range(0, len(lines), _AT_ONCE):
             piece = lines[start : start + _AT_ONCE]
             await asyncio.gather(*(self._take_line(name, line) for line in piece))

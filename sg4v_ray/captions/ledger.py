@@ -103,9 +103,11 @@ class Ledger:
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._writing: asyncio.Task[None] | None = None
         self._closed: set[str] = set()
+        self._lost_tickets: set[str] = set()
+        self._charged: dict[str, float] = {}
         names = list(self._notes.list())
         for name, data in _read_all(self._notes, names):
-            for number, line in enumerate(data.splitlines(), start=1):
+            for number, line in enumerate(data.removesuffix("\n").split("\n"), start=1):
                 self._take(line, where=f"{self._notes.uri(name)}, line {number}")
         if len(names) >= _MANY_OBJECTS:
             self._merge(names)
@@ -181,16 +183,24 @@ class Ledger:
     def _answer(self, note: dict[str, Any]) -> Paid:
         paid = Paid(note["ticket"], note["job"], note["usd"], Reply(**note["reply"]))
         self.answers.setdefault(note["key"], paid)
-        if paid.ticket not in self._closed:
-            self.spent_usd[paid.job] += paid.usd
-        self._close(paid.ticket)
+        self._charge(paid.ticket, paid.job, paid.usd)
         return paid
 
     def _lose(self, note: dict[str, Any]) -> None:
-        if note["ticket"] not in self._closed:
+        """A request that a later job took for lost stays lost, though its answer came after all:
+        the later job has asked again.
+        """
+        if note["ticket"] not in self._lost_tickets:
+            self._lost_tickets.add(note["ticket"])
             self.lost.append(Lost(**{key: note[key] for key in Lost.__dataclass_fields__}))
-            self.spent_usd[note["job"]] += note["usd"]
-        self._close(note["ticket"])
+            self._charge(note["ticket"], note["job"], note["usd"])
+
+    def _charge(self, ticket: str, job: str, usd: float) -> None:
+        """Charge a ticket once: the most of what its notes say, in whatever order they are read."""
+        before = self._charged.get(ticket, 0.0)
+        self._charged[ticket] = max(before, usd)
+        self.spent_usd[job] += self._charged[ticket] - before
+        self._close(ticket)
 
     def _close(self, ticket: str) -> None:
         self.open.pop(ticket, None)
@@ -203,7 +213,7 @@ class Ledger:
     async def _write(self, note: dict[str, Any]) -> None:
         """Return when a note lies on storage."""
         done = asyncio.get_running_loop().create_future()
-        self._waiting.append((json.dumps(note, ensure_ascii=False), done))
+        self._waiting.append((json.dumps(note), done))
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_waiting())
         await done

@@ -99,7 +99,7 @@ def test_the_cap_is_never_passed_and_nearly_used(
     tmp_path: Path, caps: int, faults: dict[str, float], least: float
 ) -> None:
     rng = random.Random(7)
-    most_usd = 0.0079  # the largest reservation of these pictures, 64 x 48, and this prompt
+    most_usd = 0.008  # the largest reservation of these pictures, 64 x 48, and this prompt
     for number in range(caps):
         cap = most_usd * rng.uniform(50, 120)
         config = ServerConfig(faults=faults, seed=number, retry_after_s=0)

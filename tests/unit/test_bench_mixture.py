@@ -2,18 +2,22 @@
 """The mixing bench at a hundredth: its files have the published shape, its mix the right counts."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from jobs import _mix_files as files
-from jobs.bench_mixture import Bench, measure
+from jobs.bench_mixture import Bench
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.llava_file import records_at
 from sg4v_ray.dataset.details import NUM_DETAILS, asks_for_detail
 
 pytestmark = pytest.mark.teacher
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_at_full_size_the_files_have_the_published_numbers_of_records() -> None:
@@ -40,7 +44,10 @@ def test_the_files_are_read_as_the_published_ones_are(tmp_path: Path) -> None:
 
 
 def test_the_mix_of_a_hundredth_has_the_right_records(tmp_path: Path) -> None:
-    found = measure(Bench(scale=0.01, root=str(tmp_path)))
+    # As its users start it: a child of this large process would be born with its peak memory.
+    argv = [sys.executable, "-m", "jobs.bench_mixture", "--scale=0.01", f"--root={tmp_path}"]
+    done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["sources"] == files.expected(0.01)
     assert found["peak_rss_mb"] < 500
 

@@ -70,7 +70,9 @@ def test_a_source_that_is_not_there_is_an_error_that_names_those_that_are() -> N
 
 
 def test_a_share_of_the_images_is_asked_for_aesthetics_too() -> None:
-    rows, _ = choose(index(coco=2000), config(Share(source="coco", prompt=OBJECTS), aesthetic_rate=0.1))
+    rows, _ = choose(
+        index(coco=2000), config(Share(source="coco", prompt=OBJECTS), aesthetic_rate=0.1)
+    )
     judged = [one for one in rows["prompt"].to_pylist() if one.endswith("-aesthetic")]
     assert 150 < len(judged) < 250
 
@@ -125,7 +127,9 @@ def test_an_estimate_says_images_tokens_dollars_and_hours_by_source(tmp_path: Pa
     home = begin(where.storage, images, {})
     put_rows(home, f"{ROWS}/part-0.parquet", ImageRow, rows)
     with hold(home) as lease:
-        commit(where.storage, images, config={}, inputs={}, counts={}, attempts=(ROWS,), lease=lease)
+        commit(
+            where.storage, images, config={}, inputs={}, counts={}, attempts=(ROWS,), lease=lease
+        )
     found = estimate(
         CollectConfig(
             sample=config(COCO, Share(source="wikiart", prompt=ART)),

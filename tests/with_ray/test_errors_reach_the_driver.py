@@ -60,9 +60,7 @@ def test_a_wrong_key_is_told_as_such(locked_teacher: str, tmp_path: Path) -> Non
     with pytest.raises(TeacherUnusable, match=r"answered 401.*Check the key") as caught:
         collect.run(
             CollectConfig(
-                sample=SampleConfig(
-                    shares=(Share(source="folder", prompt=DETAILED_2026_11.name),)
-                ),
+                sample=SampleConfig(shares=(Share(source="folder", prompt=DETAILED_2026_11.name),)),
                 teacher=TeacherConfig(model="gpt-4o"),
             ),
             endpoint=Endpoint(base_url=locked_teacher, api_key_env=None),
