@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ray job submit` on a token-protected cluster gives what a local run gives."""
 
+import json
 import os
 import secrets
 import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ from sg4v_ray.core.records import CaptionRow
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.recipes.easy_vqa import CAPTIONS
+from tests.teacher_server.config import Always, ServerConfig
+from tests.teacher_server.running import serving
+from tests.with_ray.collect_site import FLAGS, KEY_VARIABLE, make_collect_site
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -31,7 +37,17 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """A head node of this machine behind a token; yields the environment of its users."""
+    with head_node({}) as environment:
+        yield environment
+
+
+@contextmanager
+def head_node(secret: dict[str, str]) -> Iterator[dict[str, str]]:
+    """A head node of this machine behind a token; yields the environment of its users.
+
+    Args:
+        secret: variables of the node that its users do not have.
+    """
     dashboard = free_port()
     environment = {
         **os.environ,
@@ -43,7 +59,7 @@ def cluster() -> Iterator[dict[str, str]]:
     # Blocking, because `ray stop` would stop every other cluster of this machine too.
     start = [RAY, "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=2"]
     start += [f"--dashboard-port={dashboard}", "--include-dashboard=true"]
-    head = subprocess.Popen(start, env=environment)
+    head = subprocess.Popen(start, env=environment | secret)
     pause = threading.Event()
     while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode:
         assert head.poll() is None, "the head node did not start"
@@ -87,3 +103,42 @@ def test_a_relative_root_is_refused_with_what_to_write(cluster: dict[str, str]) 
     done = submit(cluster, "jobs.caption_images", "demo", "--where.root", "runs/demo")
     assert done.returncode != 0
     assert "write --where.root $PWD/runs/demo" in done.stdout + done.stderr
+
+
+@pytest.mark.teacher
+def test_a_submitted_collection_shows_the_teachers_key_nowhere(tmp_path: Path) -> None:
+    """Neither the job's metadata, nor its logs, nor the metrics of the cluster have it."""
+    key = f"sk-{secrets.token_hex(20)}"
+    config = ServerConfig(key=key, always=(Always(outcome="401"),), echo_key=True)
+    (tmp_path / "provider").mkdir()
+    with (
+        serving(config, tmp_path / "provider" / "log.jsonl") as provider,
+        head_node({KEY_VARIABLE: key}) as environment,
+    ):
+        site = make_collect_site(tmp_path, provider, 8)
+        root = ("--where.root", site.storage.root, "--endpoint.base-url", provider.url)
+        done = submit(environment, "jobs.collect_captions", *FLAGS, *root)
+        listed = subprocess.run(
+            [RAY, "job", "list"], env=environment, capture_output=True, text=True, check=True
+        )
+        metrics = all_metrics(environment)
+    told = done.stdout + done.stderr + listed.stdout + listed.stderr + metrics
+    assert done.returncode != 0
+    assert "[API key]" in told, "the provider said it, and we did not repeat it"
+    assert "collect_captions" in listed.stdout
+    assert "ray_" in metrics
+    assert key not in told
+
+
+def all_metrics(environment: dict[str, str]) -> str:
+    """Return what Prometheus reads of each process group of a cluster."""
+    token = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
+    address = environment["RAY_API_SERVER_ADDRESS"]
+    places = json.loads(_read(f"{address}/api/prometheus/sd", token))
+    targets = [target for one in places for target in one["targets"]]
+    return "".join(_read(f"http://{target}/metrics", token) for target in targets)
+
+
+def _read(url: str, headers: dict[str, str]) -> str:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
+        return str(answer.read().decode())
