@@ -9,8 +9,10 @@ from typing import Final
 
 from sg4v_ray.core.errors import ConfigError
 
-_AIM: Final = 0.975
+_AIM: Final = 0.98
 """Share of a limit that is aimed at: clocks and networks move requests by a little."""
+_AIM_OF_TOKENS: Final = 0.975
+"""Less, because what is given back moves them too."""
 _CREDIT_S: Final = 2.0
 """How long tokens that were given back stay good. More would let a burst through."""
 _FIRST_PAUSE_S: Final = 1.0
@@ -26,9 +28,9 @@ class EvenLimit:
         amounts that were booked too high and given back.
     """
 
-    def __init__(self, per_minute: float, *, credit_s: float = 0.0) -> None:
+    def __init__(self, per_minute: float, *, aim: float = _AIM, credit_s: float = 0.0) -> None:
         """Make a limit; what is given back stays good for `credit_s` seconds."""
-        self._per_s, self._credit_s = _AIM * per_minute / 60, credit_s
+        self._per_s, self._credit_s = aim * per_minute / 60, credit_s
         self._free_s = 0.0
         """When the next amount may be spent."""
 
@@ -78,7 +80,7 @@ class Throttle:
         if limits.requests_per_min is not None:
             self._requests = EvenLimit(limits.requests_per_min)
         if limits.tokens_per_min is not None:
-            self._tokens = EvenLimit(limits.tokens_per_min, credit_s=_CREDIT_S)
+            self._tokens = EvenLimit(limits.tokens_per_min, aim=_AIM_OF_TOKENS, credit_s=_CREDIT_S)
         self._open = float(limits.in_flight)
         self._held_until_s = 0.0
         self._pauses = 0

@@ -65,7 +65,7 @@ def test_requests_go_out_one_by_one_also_after_a_rest() -> None:
     late = [limit.book(1, 100.0) for _ in range(5)]
     for times in (early, late):
         gaps = [b - a for a, b in pairwise(times)]
-        assert min(gaps) == pytest.approx(60 / (0.975 * 600))
+        assert min(gaps) == pytest.approx(60 / (0.98 * 600))
 
 
 def test_all_wait_as_long_as_the_provider_says_and_then_go_one_by_one() -> None:
