@@ -50,7 +50,7 @@ def write_review(
         ArtifactMissing: the captions are not finished.
     """
     storage = where.storage
-    find(storage, captions)
+    paid = find(storage, captions).facts.get("usd", 0.0)
     rows: list[TeacherCaptionRow] = read_rows(storage, captions, TeacherCaptionRow)
     chosen = hold_out.of((row.id, row.source) for row in rows)
     shown = sorted((row for row in rows if row.id in chosen), key=lambda row: (row.source, row.id))
@@ -58,7 +58,7 @@ def write_review(
     figures = {source: _figures(rows, source) for source in sorted({row.source for row in rows})}
     page = render_gallery(
         title=f"{captions}: {len(shown)} captions to read",
-        figures=[("rows", f"{len(rows):,}"), ("dollars", f"{sum(row.usd for row in rows):,.2f}")],
+        figures=[("rows", f"{len(rows):,}"), ("dollars", f"{paid:,.2f}")],
         items=items,
         above=element("div", _table(figures), _prompts(shown, prompts)),
         style=_STYLE,

@@ -62,8 +62,8 @@ class Flow:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def check_fills(self, capacity: int) -> None:
-        """Raise ConfigError if an engine of that many rows may never have them all.
+    def check_fills(self, capacity: int, name: str = "--engine.capacity") -> None:
+        """Raise ConfigError if what works on that many rows at once may never have them all.
 
         Without this a large accelerator would run half empty, without a word.
         """
@@ -72,8 +72,8 @@ class Flow:
             needed = math.ceil(capacity / self.batch_size)
             raise ConfigError(
                 f"flow.batch_size {self.batch_size} x flow.batches_in_flight "
-                f"{self.batches_in_flight} = {rows} rows, fewer than engine.capacity {capacity}; "
-                f"give flow.batches_in_flight at least {needed}, or the engine a smaller capacity"
+                f"{self.batches_in_flight} = {rows} rows, fewer than {name} {capacity}; give "
+                f"--flow.batches-in-flight at least {needed}, or a smaller {name}"
             )
 
 

@@ -12,31 +12,31 @@ import json
 import logging
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import IO, Final, TypeVar
+from typing import IO, Final
 
-import openai
-from openai.types import Batch, FileObject
+from openai.types import Batch
 
-from sg4v_ray.captions.desk import Ask, Desk
+from sg4v_ray.captions.batch_api import PATH, BatchApi
+from sg4v_ray.captions.charges import Ask
+from sg4v_ray.captions.desk import Desk
 from sg4v_ray.captions.ledger import Sent
 from sg4v_ray.captions.teacher import AnswerLost, Endpoint, Teacher, TurnedAway, body_of
-from sg4v_ray.core.errors import ConfigError, ContractError, TeacherBusy, TeacherUnusable
-from sg4v_ray.core.retry import RetryPolicy, retrying
+from sg4v_ray.core.errors import (
+    ConfigError,
+    ContractError,
+    Sg4vError,
+    TeacherBusy,
+    TeacherUnusable,
+)
+from sg4v_ray.core.rejects import Reject
 
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-_PATH: Final = "/v1/chat/completions"
-_NAME: Final = "sg4v_batch"
 _ENDED: Final = ("completed", "failed", "expired", "cancelled")
 _QUEUE_IS_FULL: Final = "token_limit_exceeded"
-_UPLOAD_S: Final = 900.0
 _AT_ONCE: Final = 500
 """Answers that are noted together."""
-_PATIENCE: Final = RetryPolicy(max_tries=8, first_delay_s=0.5, max_delay_s=60.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,34 +68,42 @@ class Batches:
     def __init__(
         self, desk: Desk, teacher: Teacher, endpoint: Endpoint, limits: BatchLimits
     ) -> None:
-        self._desk, self._teacher, self._client = desk, teacher, teacher.client
+        self._desk, self._teacher = desk, teacher
+        self._api = BatchApi(teacher, endpoint, poll_s=limits.poll_s)
         self._endpoint, self._limits, self._ledger = endpoint, limits, desk.ledger
         self._file: IO[bytes] = _spool()
         self._size = 0
         self._notes: list[Sent] = []
-        self._keys = {one.key for one in self._ledger.open.values()}
+        self._keys: set[str] = set()
         """Asks that are in a batch or in the file."""
         self._under_way: dict[str, str] = {}
         """Our name and the provider's of batches that have not ended."""
+        self._not_yet: dict[str, str] = {}
+        """Our name and the input file of batches that found the provider's queue full."""
+        self._taken: set[str] = set()
 
     async def resume(self) -> int:
-        """Take up the batches of earlier jobs; return how many are under way.
+        """Take up the batches of this collection's earlier jobs; return how many are under way.
 
         Raises:
             TeacherBusy, TeacherUnusable: the provider does not say.
         """
-        names = {one.batch for one in self._ledger.open.values() if one.batch is not None}
-        if not names:
-            return 0
-        theirs = await self._named_at_the_provider()
+        mine = [one for one in self._ledger.open.values() if one.job == self._desk.job]
+        names = {one.batch for one in mine if one.batch is not None}
+        unknown = names - set(self._ledger.batches)
+        theirs = await self._api.named() if unknown else {}
+        here = self._endpoint.base_url
         for name in names:
-            provider_id = self._ledger.batches.get(name) or theirs.get(name)
+            provider_id, url = self._ledger.batches.get(name, (theirs.get(name), here))
             if provider_id is None:
                 _log.info("batch %s was never created; its requests cost nothing", name)
                 await self._free(name)
+            elif url != here:
+                await self._lose(name, f"its batch is at {url}, not at {here}")
             else:
                 self._under_way[name] = provider_id
                 for note in self._of(name):
+                    self._keys.add(note.key)
                     self._desk.purse.reserve(note.usd)
         return len(self._under_way)
 
@@ -108,11 +116,11 @@ class Batches:
         key = self._desk.key(ask)
         if key in self._ledger.answers or key in self._keys:
             return
-        most = self._desk.bounds(ask)
-        usd = self._endpoint.prices.usd(most.prompt_tokens, most.completion_tokens, in_batch=True)
+        charges = self._desk.charges
+        usd = charges.most_usd(charges.bounds(ask), in_batch=True)
         ticket = uuid.uuid4().hex
         body = body_of(self._teacher.config, ask.prompt.text, ask.image)
-        request = {"custom_id": ticket, "method": "POST", "url": _PATH, "body": body}
+        request = {"custom_id": ticket, "method": "POST", "url": PATH, "body": body}
         line = json.dumps(request).encode() + b"\n"
         if len(line) > self._limits.max_bytes:
             return  # too large for any batch: it is asked alone
@@ -121,7 +129,7 @@ class Batches:
             await self._submit()
         while not self._desk.purse.may(usd):
             await self._submit()
-            if not self._under_way:
+            if not self._under_way and not self._not_yet:
                 raise self._desk.money_spent(usd)
             await self._wait_for_one()
         self._desk.purse.reserve(usd)
@@ -133,7 +141,7 @@ class Batches:
     async def finish(self) -> None:
         """Send what is left and wait for all batches."""
         await self._submit()
-        while self._under_way:
+        while self._under_way or self._not_yet:
             await self._wait_for_one()
 
     async def _submit(self) -> None:
@@ -147,132 +155,132 @@ class Batches:
         ]
         self._notes, self._size, self._file = [], 0, _spool()
         await self._ledger.sent_together(notes)
-        uploaded = await self._call(partial(self._upload, name, file))
+        uploaded = await self._api.upload(name, file)
         file.close()
-        self._under_way[name] = await self._create(name, uploaded.id)
-        await self._ledger.batch(name, self._under_way[name])
+        await self._create(name, uploaded)
         self._desk.counts.sent += len(notes)
         _log.info("batch %s: %d requests", name, len(notes))
 
-    async def _upload(self, name: str, file: IO[bytes]) -> FileObject:
-        file.seek(0)
-        return await self._client.files.create(
-            file=(f"{name}.jsonl", file), purpose="batch", timeout=_UPLOAD_S
-        )
-
-    async def _create(self, name: str, file_id: str) -> str:
-        """Create a batch once: where the answer got lost, look whether it was created."""
-        tries = 0
-        while True:
-            try:
-                made = await self._client.batches.create(
-                    input_file_id=file_id,
-                    endpoint=_PATH,
-                    completion_window="24h",
-                    metadata={_NAME: name},
-                )
-                return made.id
-            except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError):
-                tries += 1
-                if tries == _PATIENCE.max_tries:
-                    raise TeacherBusy(
-                        f"{self._endpoint.base_url} creates no batch; run again later"
-                    ) from None
-            except openai.APIStatusError as error:
-                raise self._unusable(error) from None
-            await asyncio.sleep(_PATIENCE.bound_s(tries))
-            if (found := (await self._named_at_the_provider()).get(name)) is not None:
-                return found
-
-    async def _named_at_the_provider(self) -> dict[str, str]:
-        """Return the provider's ids of all our batches by our names."""
-
-        async def pages() -> dict[str, str]:
-            return {
-                one.metadata[_NAME]: one.id
-                async for one in self._client.batches.list(limit=100)
-                if one.metadata and _NAME in one.metadata
-            }
-
-        return await self._call(pages)
+    async def _create(self, name: str, file_id: str) -> None:
+        provider_id = await self._api.create(name, file_id, self._ledger.check)
+        self._under_way[name] = provider_id
+        await self._ledger.batch(name, provider_id, self._endpoint.base_url)
 
     async def _wait_for_one(self) -> None:
-        """Wait until at least one batch has ended, and take its answers."""
+        """Wait until at least one batch has ended, and take its answers.
+
+        A provider that is away for a while is asked again: its batches go on meanwhile.
+        """
         while True:
             ended = False
             for name, provider_id in list(self._under_way.items()):
-                batch = await self._call(
-                    lambda key=provider_id: self._client.batches.retrieve(key)  # type: ignore[misc]
-                )
-                if batch.status in _ENDED:
+                try:
+                    batch = await self._api.look_at(provider_id)
+                except TeacherBusy as error:
+                    _log.warning("%s", error)
+                    continue
+                if batch is None:
+                    del self._under_way[name]
+                    await self._lose(name, "the provider has no such batch any more")
+                elif batch.status in _ENDED:
                     await self._take(name, batch)
-                    ended = True
+                ended = ended or name not in self._under_way
+            if ended and not self._not_yet:
+                return
+            _log.info(
+                "batches: %d under way, %d wait for room; outcomes so far %s",
+                len(self._under_way),
+                len(self._not_yet),
+                dict(self._desk.counts.outcomes),
+            )
+            await asyncio.sleep(self._limits.poll_s)
+            for name in list(self._not_yet):
+                await self._create(name, self._not_yet.pop(name))
             if ended:
                 return
-            await asyncio.sleep(self._limits.poll_s)
 
     async def _take(self, name: str, batch: Batch) -> None:
         """Note every answer of a batch that has ended; what has none may be asked again."""
+        del self._under_way[name]
         errors = batch.errors.data if batch.errors and batch.errors.data else []
-        refused = [f"{one.code}: {one.message}" for one in errors if one.code != _QUEUE_IS_FULL]
+        if batch.status == "failed" and {one.code for one in errors} == {_QUEUE_IS_FULL}:
+            _log.info("batch %s: the provider's queue is full, it is tried again", name)
+            self._not_yet[name] = batch.input_file_id
+            return
+        odd: list[Sg4vError] = []
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id is not None:
-                await self._take_file(name, file_id)
+                odd += await self._take_file(name, file_id)
         await self._free(name)
-        del self._under_way[name]
         counts = batch.request_counts
         done = f"{counts.completed} of {counts.total} answered" if counts else "no counts"
         _log.info("batch %s: %s, %s", name, batch.status, done)
-        if batch.status == "failed" and refused:
-            raise TeacherUnusable(
-                self._teacher.clean(
-                    f"{self._endpoint.base_url} refused a batch: {'; '.join(refused[:3])}. Nothing "
-                    "of it was charged. Correct --batch.max-requests, --batch.max-bytes or the "
-                    "model, or run with --mode online"
-                )
-            )
         for file_id in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
             if file_id is not None:
-                await self._delete(file_id)
+                await self._api.delete(file_id)
+        if batch.status == "failed":
+            refused = "; ".join(f"{one.code}: {one.message}" for one in errors[:3])
+            raise TeacherUnusable(
+                self._teacher.clean(
+                    f"{self._endpoint.base_url} refused a batch: {refused}. Nothing of it was "
+                    "charged. Correct --batch.max-requests, --batch.max-bytes or "
+                    "--config.teacher.model, or run with --mode online"
+                )
+            )
+        if odd:
+            raise odd[0]
 
-    async def _take_file(self, name: str, file_id: str) -> None:
-        content = await self._call(lambda: self._client.files.content(file_id))
-        lines = [line for line in content.text.split("\n") if line.strip()]
+    async def _take_file(self, name: str, file_id: str) -> list[Sg4vError]:
+        """Note the answers of a file; return what its odd lines would end the job with."""
+        lines = await self._api.lines(file_id)
+        odd: list[Sg4vError] = []
         for start in range(0, len(lines), _AT_ONCE):
-            piece = lines[start : start + _AT_ONCE]
-            await asyncio.gather(*(self._take_line(name, line) for line in piece))
+            piece = (self._take_line(name, line) for line in lines[start : start + _AT_ONCE])
+            odd += [one for one in await asyncio.gather(*piece) if one is not None]
+        return odd
 
-    async def _take_line(self, name: str, line: str) -> None:
+    async def _take_line(self, name: str, line: str) -> Sg4vError | None:
+        """Note one answer; a line that says none leaves its request to be freed with the batch."""
         try:
             answer = json.loads(line)
-            note = self._ledger.open.get(answer["custom_id"])
+            ticket = answer["custom_id"]
             response = answer.get("response") or {}
             status, body = response.get("status_code"), json.dumps(response.get("body"))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ContractError(
-                self._teacher.clean(f"the provider's batch file has an odd line ({error}): {line}")
-            ) from None
-        if note is None or note.batch != name:
-            return  # another run has noted it already
-        spent = 0.0
+            return ContractError(
+                self._teacher.clean(
+                    f"the provider's batch file has an odd line ({error!r}): {line[:200]}. The "
+                    "other answers are kept; run again, its image is asked anew"
+                )
+            )
+        note = self._ledger.open.get(ticket)
+        if note is None or note.batch != name or ticket in self._taken:
+            return None  # another run, or another line, has noted it already
         try:
-            if status == 200:
-                reply = self._teacher.reply(body)
-            elif status is None:  # expired, cancelled: never answered
-                return
-            else:
-                reply = self._teacher.status_error(status, {}, body)
+            if status is None:  # expired, cancelled: never answered
+                return None
+            reply = (
+                self._teacher.reply(body)
+                if status == 200
+                else self._teacher.status_error(status, {}, body)
+            )
         except TurnedAway:
-            return  # freed with the batch
+            return None
+        except TeacherUnusable as error:
+            return error
         except AnswerLost as error:
-            spent = note.usd
+            self._taken.add(ticket)
             self._desk.counts.outcomes["lost"] += 1
-            await self._ledger.lose(note.ticket, str(error))
-        else:
-            spent = self._desk.cost(reply, note.usd, in_batch=True)
-            self._desk.counts.outcomes[reply.reject or "caption"] += 1
-            await self._ledger.paid(note.ticket, spent, reply)
-        self._desk.purse.settle(note.usd, spent)
+            await self._ledger.lose(ticket, str(error))
+            self._desk.purse.settle(note.usd, note.usd)
+            return None
+        self._desk.counts.outcomes[reply.reject or "caption"] += 1
+        if reply.reject != Reject.BAD_REQUEST:
+            self._taken.add(ticket)
+            spent = self._desk.charges.cost(reply, note.usd, in_batch=True)
+            await self._ledger.paid(ticket, spent, reply)
+            self._desk.purse.settle(note.usd, spent)
+        return None
 
     def _of(self, name: str) -> list[Sent]:
         return [one for one in self._ledger.open.values() if one.batch == name]
@@ -285,33 +293,15 @@ class Batches:
             self._keys.discard(one.key)
             self._desk.purse.settle(one.usd, 0.0)
 
-    async def _delete(self, file_id: str) -> None:
-        """Delete a file at the provider; one that stays there is no reason to end a job."""
-        try:
-            await self._client.files.delete(file_id)
-        except openai.APIError as error:
-            _log.info("%s stays at the provider: %s", file_id, self._teacher.clean(str(error)))
-
-    async def _call(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Call what may be called twice, again while the provider is away or busy."""
-        passing = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
-        try:
-            return await retrying(call, on=passing, policy=_PATIENCE)
-        except passing as error:
-            said = self._teacher.clean(str(error))
-            raise TeacherBusy(
-                f"{self._endpoint.base_url} does not answer ({said}); batches under way go on "
-                "there: run again later"
-            ) from None
-        except openai.APIStatusError as error:
-            raise self._unusable(error) from None
-
-    def _unusable(self, error: openai.APIStatusError) -> TeacherUnusable:
-        said = self._teacher.clean(f"HTTP {error.status_code}: {error.message}")
-        return TeacherUnusable(
-            f"{self._endpoint.base_url} answered {said}. Check the key, the account and whether it "
-            "has a Batch API (--mode online does without)"
-        )
+    async def _lose(self, name: str, why: str) -> None:
+        """Give up a batch that nobody can read any more: the most is charged, and listed."""
+        left = self._of(name)
+        _log.warning("%d requests of a batch are charged in full: %s", len(left), why)
+        await asyncio.gather(*(self._ledger.lose(one.ticket, why) for one in left))
+        for one in left:
+            held = one.usd if one.key in self._keys else 0.0
+            self._keys.discard(one.key)
+            self._desk.purse.settle(held, one.usd)
 
 
 def _spool() -> IO[bytes]:

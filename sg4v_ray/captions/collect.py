@@ -12,7 +12,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, NoReturn, TypeAlias
@@ -41,7 +41,7 @@ from sg4v_ray.captions.teacher_actor import (
     DeskStatus,
     TeacherDesk,
 )
-from sg4v_ray.core.artifact import Manifest, Ref, find, is_finished
+from sg4v_ray.core.artifact import Manifest, Ref, begin, find, is_finished
 from sg4v_ray.core.config import content_of
 from sg4v_ray.core.errors import Sg4vError
 from sg4v_ray.core.fetch import FetchConfig
@@ -125,10 +125,23 @@ def _asking(stage: Stage, config: CollectConfig, desk: "DeskHandle") -> Stage:
             kwargs={"desk": desk, "attempt": attempt},
             prepare=_prepare_of(config),
             record=TeacherCaptionRow,
-            paid_usd=lambda: float(ray.get(desk.spent_usd.remote())),
+            paid_usd=PaidSoFar(desk),
         )
 
     return replace(stage, work=work, facts=partial(_facts, desk))
+
+
+class PaidSoFar:
+    """What all runs have paid, as a desk tells it; the last that was told once it is gone."""
+
+    def __init__(self, desk: "DeskHandle") -> None:
+        self._desk, self._usd = desk, 0.0
+
+    def __call__(self) -> float:
+        """Return dollars."""
+        with suppress(RayActorError):  # the job ends by what its rows meet, and says why
+            self._usd = float(ray.get(self._desk.spent_usd.remote()))
+        return self._usd
 
 
 def _prepare_of(config: CollectConfig) -> Callable[[pa.Table], pa.Table]:
@@ -175,6 +188,8 @@ def run(
         where.storage, out, config=stage.identity, inputs=stage.inputs
     ):
         return find(where.storage, out)
+    if retry is None:  # drift is told before anything is paid
+        begin(where.storage, out, stage.identity, inputs=stage.inputs)
     with desk_of(config, endpoint, out=out, where=where, batch=batch or BatchLimits()) as desk:
         stage = _asking(stage, config, desk)
         if retry is not None:
@@ -214,7 +229,6 @@ def desk_of(
     Raises:
         LeaseHeld: another collection below this root is running.
     """
-    endpoint.key()
     ledger = where.storage.sub(LEDGER)
     # On the driver's node: no other node takes it down with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -230,7 +244,11 @@ def desk_of(
             job=str(out),
         )
         try:
-            _warn_of_lost(_get(desk.open.remote()))
+            lost, batches = _get(desk.open.remote())
+            _warn_of_lost(lost)
+            if batches:  # their images would be asked, and paid, a second time
+                _log.warning("waiting for %d batches of an earlier run", batches)
+                _get(desk.finish_batches.remote())
             yield desk
         finally:
             _close(desk, where.storage.sub(out.path))
@@ -239,6 +257,8 @@ def desk_of(
 def _close(desk: "DeskHandle", home: Storage) -> None:
     """Wait for what is on its way, say what was lost in all runs, and end the desk."""
     try:
+        if not _get(desk.is_open.remote()):
+            return
         status: DeskStatus = _get(desk.status.remote())
         if status.on_their_way:
             _log.warning("waiting for %d answers on their way", status.on_their_way)

@@ -12,14 +12,12 @@ import random
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
-from io import BytesIO
 from typing import Final, NoReturn
 
-from PIL import Image
-
+from sg4v_ray.captions.charges import Ask, Bounds, Charges
 from sg4v_ray.captions.ledger import Ledger, Paid, Sent
-from sg4v_ray.captions.prompts import Prompt
 from sg4v_ray.captions.teacher import (
     AnswerLost,
     Endpoint,
@@ -29,7 +27,7 @@ from sg4v_ray.captions.teacher import (
     answer_key,
 )
 from sg4v_ray.core.errors import MoneySpent, Sg4vError, StorageError, TeacherBusy, TeacherUnusable
-from sg4v_ray.core.price import Purse, most_tokens
+from sg4v_ray.core.price import Purse
 from sg4v_ray.core.rate import Throttle
 from sg4v_ray.core.rejects import Reject
 from sg4v_ray.core.retry import RetryPolicy
@@ -37,42 +35,17 @@ from sg4v_ray.core.storage import STORAGE_ERRORS
 
 _log = logging.getLogger(__name__)
 
-_SOUND_SHARE: Final = 0.5
-"""Prompt tokens below this share of what the price table makes of a request are not believed."""
 _RETRY: Final = RetryPolicy(first_delay_s=0.5, max_delay_s=30.0)
+_FEW: Final = 8
+"""With so many images left, or refused, nothing is concluded from others."""
+_LONG_S: Final = 5.0
+"""A pause worth a line in the log."""
 _STALL_S: Final = 1.0
 """A note that took longer than this was late for its turn."""
 
 
 class Stopped(Sg4vError):
     """The job is being stopped: what is on its way is waited for, nothing more goes out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One image and what it is asked."""
-
-    row: str
-    image: bytes
-    """Encoded as it is sent."""
-    image_sha256: str
-    """Of the bytes that the image was made from."""
-    prompt: Prompt
-    attempt: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """The most that one request can take, and what its prompt is expected to be charged as."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    expected_prompt_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of prompt and answer together."""
-        return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(slots=True)
@@ -84,8 +57,6 @@ class Counts:
     """Answers that were there already."""
     outcomes: Counter[str] = field(default_factory=Counter)
     """Answers by `caption` or reject reason, and requests turned away or lost."""
-    overcharged: int = 0
-    """Answers that cost more than the most that was reserved: the price table is wrong."""
 
 
 class Desk:
@@ -94,21 +65,14 @@ class Desk:
     def __init__(self, teacher: Teacher, endpoint: Endpoint, ledger: Ledger, *, job: str) -> None:
         self.ledger, self.job, self.counts = ledger, job, Counts()
         self.purse = Purse(endpoint.max_usd, ledger.spent_usd[job])
+        self.charges = Charges(endpoint.prices, teacher.config)
         self._teacher, self._endpoint = teacher, endpoint
         self._throttle = Throttle(endpoint.limits)
         self._asking: dict[str, asyncio.Task[Paid | Reply]] = {}
         self._free = asyncio.Condition()
-        self._open = self._answered = 0
+        self._open = self._answered = self._refused = 0
         self._ending: Sg4vError | None = None
-
-    def bounds(self, ask: Ask) -> Bounds:
-        """Return the most that an ask can take."""
-        config = self._teacher.config
-        width, height = Image.open(BytesIO(ask.image)).size  # our own encoding: reads the header
-        prices, detail = self._endpoint.prices.image, config.image.detail
-        most = prices.most_of(width, height, detail) + most_tokens(ask.prompt.text)
-        expected = prices.of(width, height, detail) + len(ask.prompt.text.split())
-        return Bounds(most, config.max_tokens, expected)
+        self._ends = asyncio.Event()
 
     def key(self, ask: Ask) -> str:
         """Return under which key an answer is kept."""
@@ -159,6 +123,7 @@ class Desk:
 
     def _end(self, error: Sg4vError) -> None:
         self._ending = self._ending or error
+        self._ends.set()
 
     async def _ask_until_answered(self, ask: Ask, key: str) -> Paid | Reply:
         """Try until there is an answer, or until it is clear who is to blame that there is none."""
@@ -170,26 +135,36 @@ class Desk:
                 why = error
             except Sg4vError as error:
                 await self._fail(error)
+            is_busy = isinstance(why, TurnedAway) and why.is_busy
             tries += 1
             if tries < self._endpoint.max_tries:
-                if not (isinstance(why, TurnedAway) and why.is_busy):  # that holds everybody
+                if not is_busy:  # busy holds everybody
                     await asyncio.sleep(random.uniform(0, _RETRY.bound_s(tries)))
                 continue
-            if self._answered == answered:
+            others_are_answered = self._answered > answered
+            if is_busy and others_are_answered:
+                tries, answered = 0, self._answered
+            elif others_are_answered or (not is_busy and self._is_one_of_the_last):
+                return _unanswered(Reject.NO_ANSWER, f"{tries} tries, the last one: {why}")
+            else:
                 await self._fail(
                     TeacherBusy(
-                        f"{self._endpoint.base_url} answered nothing in {tries} tries: {why}. "
-                        "Answers so far are kept; run again later to go on"
+                        f"{self._endpoint.base_url} answered nothing in {tries} tries "
+                        f"(--endpoint.max-tries): {why}. Answers so far are kept; run again later"
                     )
                 )
-            if isinstance(why, TurnedAway) and why.is_busy:
-                tries, answered = 0, self._answered  # busy, but well: others were answered
-            else:
-                return _unanswered(f"{tries} tries, the last one: {why}")
 
-    async def _ask_once(self, ask: Ask, key: str) -> Paid:
-        most = self.bounds(ask)
-        usd = self._endpoint.prices.usd(most.prompt_tokens, most.completion_tokens)
+    @property
+    def _is_one_of_the_last(self) -> bool:
+        """Say whether only a few images are left of a collection that was answered before.
+
+        Then nobody else's answer can tell a bad image from a teacher that is away, in any run.
+        """
+        return bool(self.ledger.answers) and len(self._asking) <= _FEW
+
+    async def _ask_once(self, ask: Ask, key: str) -> Paid | Reply:
+        most = self.charges.bounds(ask)
+        usd = self.charges.most_usd(most)
         await self._admit(usd)
         spent = 0.0
         try:
@@ -205,7 +180,11 @@ class Desk:
                 _log.warning("%s: no answer, charged in full: %s", ask.row, error)
                 await self.ledger.lose(ticket, str(error))
                 raise
-            spent = self.cost(reply, usd, least_prompt=_SOUND_SHARE * most.expected_prompt_tokens)
+            if reply.reject == Reject.BAD_REQUEST:
+                await self.ledger.free(ticket)  # nothing to keep: the same may be right tomorrow
+                self._note_refused(reply)
+                return reply
+            spent = self.charges.cost(reply, usd, least_prompt=most.least_prompt_tokens)
             return await self.ledger.paid(ticket, spent, reply)
         except STORAGE_ERRORS as error:
             raise StorageError(
@@ -215,11 +194,29 @@ class Desk:
         finally:
             await self._leave(usd, spent)
 
+    def _note_refused(self, reply: Reply) -> None:
+        """End this desk when a provider takes no request at all: then no image is to blame.
+
+        Raises:
+            TeacherUnusable: so many were refused and none was ever answered.
+        """
+        self._refused += 1
+        if self._refused >= _FEW and not self._answered and not self.ledger.answers:
+            raise TeacherUnusable(
+                f"{self._endpoint.base_url} refuses every request: {reply.detail}. Check the key, "
+                "the model name and what the model takes (--config.teacher...)"
+            )
+
     async def _note(self, sent: Sent, most: Bounds) -> str:
         """Wait for a request's turn and note it, so that it goes out right after."""
         noted = False
         while True:
-            await self._turn(most.tokens)
+            try:
+                await self._turn(most.tokens)
+            except Sg4vError:
+                if noted:
+                    await self.ledger.free(sent.ticket)
+                raise
             if noted:
                 return sent.ticket
             began_s = time.monotonic()
@@ -232,12 +229,21 @@ class Desk:
 
     async def _turn(self, tokens: int) -> None:
         while True:
-            await _sleep_until(self._throttle.book(tokens, time.monotonic()))
+            await self._sleep_until(self._throttle.book(tokens, time.monotonic()))
+            if self._ending is not None:
+                self._throttle.settle(tokens, 0)
+                raise self._ending
             now = time.monotonic()
             if self._throttle.held(now) <= now:
                 return
             # Others were turned away meanwhile: a place in the queue after the pause.
             self._throttle.settle(tokens, 0)
+
+    async def _sleep_until(self, at_s: float) -> None:
+        """Sleep, and wake up early when this desk ends."""
+        if (seconds := at_s - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ends.wait(), seconds)
 
     async def _send(self, ask: Ask, ticket: str, most: Bounds) -> Reply:
         """Send one request and tell the throttle what became of it."""
@@ -250,40 +256,22 @@ class Desk:
             used = 0
             self.counts.outcomes["turned_away"] += 1
             if error.is_busy:
-                self._throttle.turned_away(sent_s, time.monotonic(), error.retry_after_s)
+                self._hold(sent_s, error)
             raise
         finally:
             self._throttle.settle(most.tokens, used)
         self._throttle.answered()
-        self._answered += 1
+        self._answered += reply.reject != Reject.BAD_REQUEST
         self.counts.outcomes[reply.reject or "caption"] += 1
         return reply
 
-    def cost(
-        self, reply: Reply, usd: float, *, least_prompt: float = 1.0, in_batch: bool = False
-    ) -> float:
-        """Return what is charged for a reply: by its usage, or the most where that cannot be.
-
-        Args:
-            usd: the most that the request could cost.
-            least_prompt: prompt tokens below which a usage is not believed.
-        """
-        if reply.reject == Reject.BAD_REQUEST:
-            return 0.0
-        told = self._endpoint.prices.usd(
-            reply.prompt_tokens, reply.completion_tokens, in_batch=in_batch
-        )
-        if not reply.usage_is_sound or reply.prompt_tokens < least_prompt:
-            return max(usd, told)
-        if told > usd:
-            self.counts.overcharged += 1
-            _log.warning(
-                "a request cost $%.5f where the price table allows at most $%.5f; correct "
-                "--endpoint.prices, or the cap may be passed",
-                told,
-                usd,
-            )
-        return told
+    def _hold(self, sent_s: float, error: TurnedAway) -> None:
+        """Hold all requests as the provider asks, and say so when it is long."""
+        now = time.monotonic()
+        before = self._throttle.held(now)
+        self._throttle.turned_away(sent_s, now, error.retry_after_s)
+        if (until := self._throttle.held(now)) > before and until - now >= _LONG_S:
+            _log.info("nothing is sent for %.0f s: %s", until - now, error)
 
     async def _admit(self, usd: float) -> None:
         """Wait for a free place and for money; take both.
@@ -330,18 +318,13 @@ class Desk:
         )
 
 
-def _unanswered(why: str) -> Reply:
+def _unanswered(reject: Reject, why: str) -> Reply:
     return Reply(
         text=None,
-        reject=Reject.NO_ANSWER.value,
+        reject=reject.value,
         detail=why,
         finish_reason=None,
         prompt_tokens=0,
         completion_tokens=0,
         usage_is_sound=True,
     )
-
-
-async def _sleep_until(at_s: float) -> None:
-    if (seconds := at_s - time.monotonic()) > 0:
-        await asyncio.sleep(seconds)

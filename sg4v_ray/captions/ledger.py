@@ -9,7 +9,7 @@ lines in objects that are written once, a few a second: appending does not exist
     paid   ticket, usd, reply       closes `sent`; the reply is kept for ever, by key
     free   ticket                   closes `sent`: turned away, nothing charged
     lost   ticket, why              closes `sent`: no answer, the most is charged
-    batch  batch, provider_id       a batch that the provider knows
+    batch  batch, provider_id, url  a batch that the provider at a URL knows
 """
 
 import asyncio
@@ -94,8 +94,8 @@ class Ledger:
         self.open: dict[str, Sent] = {}
         """By ticket: no answer yet."""
         self.lost: list[Lost] = []
-        self.batches: dict[str, str] = {}
-        """What the provider calls each batch."""
+        self.batches: dict[str, tuple[str, str]] = {}
+        """What the provider calls each batch, and its URL."""
         self.spent_usd: defaultdict[str, float] = defaultdict(float)
         """What each artifact has cost, lost answers in full."""
         self._home, self._notes, self._writer = home, home.sub(_NOTES), writer
@@ -144,10 +144,15 @@ class Ledger:
         await self._write(note)
         self._lose(note)
 
-    async def batch(self, batch: str, provider_id: str) -> None:
+    async def batch(self, batch: str, provider_id: str, url: str) -> None:
         """Note what the provider calls a batch."""
-        await self._write({"event": "batch", "batch": batch, "provider_id": provider_id})
-        self.batches[batch] = provider_id
+        note = {"event": "batch", "batch": batch, "provider_id": provider_id, "url": url}
+        await self._write(note)
+        self.batches[batch] = (provider_id, url)
+
+    async def check(self) -> None:
+        """Raise LeaseLost if another job writes this ledger."""
+        await asyncio.to_thread(refuse_overtaken, self._home, self._writer)
 
     async def lose_what_was_on_its_way(self) -> list[Lost]:
         """Close the single requests of jobs that ended before their answers came."""
@@ -171,7 +176,7 @@ class Ledger:
                 case "lost":
                     self._lose(note)
                 case "batch":
-                    self.batches[note["batch"]] = note["provider_id"]
+                    self.batches[note["batch"]] = (note["provider_id"], note["url"])
                 case other:
                     raise KeyError(f"no event {other!r}")
         except (ValueError, KeyError, TypeError) as error:
@@ -249,8 +254,7 @@ class Ledger:
         merged = b"".join(data.encode() for _, data in _read_all(self._notes, names))
         self._notes.put(f"{self._writer:06d}-00000000.jsonl", merged, sync=True)
         refuse_overtaken(self._home, self._writer)
-        for name in names:
-            self._notes.delete(name)
+        self._notes.delete_objects(names)
 
 
 def _fail(notes: Iterable[tuple[str, "asyncio.Future[None]"]], error: BaseException) -> None:

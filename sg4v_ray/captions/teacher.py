@@ -5,6 +5,7 @@ The SDK's own retries are off: a request that is sent again may be paid again, s
 (`captions.desk`) has to know. Every text that comes from outside is cleared of the key first.
 """
 
+import asyncio
 import base64
 import email.utils
 import math
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 import openai
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from sg4v_ray.core.config import fingerprint
 from sg4v_ray.core.errors import ConfigError, TeacherUnusable
@@ -25,12 +26,20 @@ from sg4v_ray.core.price import Detail, PriceTable
 from sg4v_ray.core.rate import Limits
 from sg4v_ray.core.rejects import Reject
 
-_NEVER_SENT: Final = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+_NEVER_SENT: Final = (
+    httpx2.ConnectError,
+    httpx2.ConnectTimeout,
+    httpx2.PoolTimeout,
+    httpx2.LocalProtocolError,
+    httpx2.UnsupportedProtocol,
+    httpx2.ProxyError,
+)
 _BUSY: Final = {408, 409, 425, 429, 503, 529}
 """Answers that cost nothing and blame no image. 529: "overloaded", as some have it."""
 _PERHAPS_PAID: Final = {502, 504}
 """A gateway lost its patience or its backend; what the backend had done by then is charged."""
-_ROW_AT_FAULT: Final = {400, 413, 415, 422}
+_ROW_AT_FAULT: Final = {400, 403, 413, 415, 422}
+"""Some say 403 for one moderated image. When no image is answered, it was not the image's fault."""
 _NO_MONEY: Final = "insufficient_quota"
 _LONGEST_DETAIL: Final = 2000
 """Characters that are kept of what a provider says of an error."""
@@ -77,9 +86,11 @@ class Endpoint:
     base_url: str
     """E.g. https://api.openai.com/v1."""
     api_key_env: str | None = "OPENAI_API_KEY"
-    """Environment variable, on the driver's node, that holds the key; None where there is none.
-    Never give a key as a flag or in a runtime_env: both are shown to whoever sees the job."""
+    """Environment variable that holds the key, in the environment in which Ray was started on the
+    driver's node; None for a teacher without keys. Never give a key as a flag or in a runtime_env:
+    both are shown to whoever sees the job."""
     timeout_s: float = 120.0
+    """For one whole request."""
     limits: Limits = Limits()
     prices: PriceTable = PriceTable(input_usd_per_mtok=0.0, output_usd_per_mtok=0.0)
     """Prices of the model. The recipe's are of the day that it names: check them."""
@@ -116,11 +127,17 @@ class Endpoint:
         """
         if self.api_key_env is None:
             return "no-key"
-        value = os.environ.get(self.api_key_env, "")
+        value = os.environ.get(self.api_key_env, "").strip()
         if not value:
             raise ConfigError(
-                f"the environment variable {self.api_key_env} is not set; export the teacher's "
-                "API key under that name, or name another with --endpoint.api-key-env"
+                f"the environment variable {self.api_key_env} is not set where Ray was started; "
+                "export the teacher's API key under that name before `ray start` on the driver's "
+                "node, or name another variable with --endpoint.api-key-env"
+            )
+        if not (value.isascii() and value.isprintable() and " " not in value):
+            raise ConfigError(
+                f"the key in {self.api_key_env} has characters that no key has, such as quotes of "
+                "a word processor or a line feed inside; copy it anew"
             )
         return value
 
@@ -215,12 +232,16 @@ class Teacher:
             TeacherUnusable: the key, the model or the URL is wrong, or the money is gone.
         """
         try:
-            raw = await self.client.chat.completions.with_raw_response.create(
-                **body_of(self.config, prompt, image),
-                extra_headers={"X-Client-Request-Id": ticket},
-            )
+            async with asyncio.timeout(self._endpoint.timeout_s):
+                raw = await self.client.chat.completions.with_raw_response.create(
+                    **body_of(self.config, prompt, image),
+                    extra_headers={"X-Client-Request-Id": ticket},
+                )
+        except TimeoutError:
+            raise AnswerLost(f"no answer in {self._endpoint.timeout_s:g} s") from None
         except openai.APIConnectionError as error:
-            why = self.clean(f"{type(error.__cause__ or error).__name__}: {error.__cause__}")
+            # Its name alone: some of these quote the headers, and so the key, as Python writes it.
+            why = f"{type(error.__cause__ or error).__name__} at {self._endpoint.base_url}"
             if isinstance(error.__cause__, _NEVER_SENT):
                 raise TurnedAway(why) from None
             raise AnswerLost(why) from None
@@ -303,12 +324,15 @@ class _Choice(BaseModel):
 class _Completion(BaseModel):
     """What is read of a chat completion; other servers than OpenAI's leave out the rest."""
 
-    choices: list[_Choice] = Field(min_length=1)
+    choices: list[_Choice]
     usage: Any = None
 
 
 def outcome(reply: _Completion, max_tokens: int) -> Reply:
     """Turn a teacher's completion into a typed reply."""
+    if not reply.choices:
+        asked, size, sound = usage_of(reply.usage, "", max_tokens)
+        return _rejected(Reject.EMPTY_TEXT, "an answer without a choice", asked, size, sound=sound)
     choice = reply.choices[0]
     text = (choice.message.content or "").strip()
     prompt_tokens, size, sound = usage_of(reply.usage, text, max_tokens)

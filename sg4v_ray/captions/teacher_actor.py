@@ -6,7 +6,6 @@ worker, and what is on its way outlives a pool that is built again. Pool actors 
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,7 +18,8 @@ from ray.util.metrics import Counter as MetricCounter
 from sg4v_ray.batch.loop_thread import LoopThread
 from sg4v_ray.batch.tally import Tally, keep_beating
 from sg4v_ray.captions.batches import Batches, BatchLimits
-from sg4v_ray.captions.desk import Ask, Desk
+from sg4v_ray.captions.charges import Ask
+from sg4v_ray.captions.desk import Desk
 from sg4v_ray.captions.ledger import Ledger, Lost, Paid
 from sg4v_ray.captions.prompts import BASE_2026_11, Prompt, prompt
 from sg4v_ray.captions.quality import QualityConfig, judge
@@ -78,20 +78,35 @@ class TeacherDesk:
         writer: int,
         job: str,
     ) -> None:
-        logging.getLogger("sg4v_ray").setLevel(logging.INFO)
-        self._ledger = Ledger(Storage(ledger_root), writer=writer)
-        self._teacher = Teacher(config, endpoint, key=endpoint.key())
-        self._desk = Desk(self._teacher, endpoint, self._ledger, job=job)
-        self._batches = Batches(self._desk, self._teacher, endpoint, batch)
-        self._quality = quality
+        observe.set_up_logging()
+        self._config, self._endpoint, self._quality = config, endpoint, quality
+        self._limits, self._root, self._writer, self._job = batch, ledger_root, writer, job
         self._metrics = Outcomes(job)
 
-    async def open(self) -> list[Lost]:
-        """Close what earlier jobs left open; return the requests that may be paid again."""
+    async def open(self) -> tuple[list[Lost], int]:
+        """Open the ledger and close what earlier jobs left open.
+
+        Here and not at construction, where Ray hides what is raised.
+
+        Returns:
+            The requests that may be paid again, and how many batches are under way.
+
+        Raises:
+            ArtifactCorrupt: the ledger is damaged.
+            ConfigError: there is no key.
+        """
+        endpoint = self._endpoint
+        teacher = Teacher(self._config, endpoint, key=endpoint.key())
+        self._ledger = await asyncio.to_thread(Ledger, Storage(self._root), writer=self._writer)
+        self._desk = Desk(teacher, endpoint, self._ledger, job=self._job)
+        self._batches = Batches(self._desk, teacher, endpoint, self._limits)
         lost = await self._ledger.lose_what_was_on_its_way()
-        self._desk.purse.spent_usd = self._ledger.spent_usd[self._desk.job]
-        await self._batches.resume()
-        return lost
+        self._desk.purse.spent_usd = self._ledger.spent_usd[self._job]
+        return lost, await self._batches.resume()
+
+    def is_open(self) -> bool:
+        """Say whether `open` has come to its end."""
+        return hasattr(self, "_batches")
 
     async def caption(
         self, row: str, image: bytes, image_sha256: str, prompt_name: str, attempt: int
@@ -121,6 +136,7 @@ class TeacherDesk:
     async def finish_batches(self) -> None:
         """Send the last batch and wait until all have ended."""
         await self._batches.finish()
+        self._metrics.add(self._desk)
 
     def status(self) -> DeskStatus:
         """Return the numbers so far."""

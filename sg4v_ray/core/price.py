@@ -36,7 +36,8 @@ class ImageTokens:
     def most_of(self, width: int, height: int, detail: Detail) -> int:
         """Return the most tokens that an image may be charged as: see the source above."""
         fit = min(1.0, _FIT / max(width, height))
-        return self._tiled(width, height, detail, fit * _short(width, height, fit))
+        most = _FIT / max(width, height)  # a thin image is not scaled up past what fits
+        return self._tiled(width, height, detail, min(most, fit * _short(width, height, fit)))
 
     def _tiled(self, width: int, height: int, detail: Detail, scale: float) -> int:
         if detail == "low":

@@ -27,12 +27,12 @@ def sample(keys: Iterable[str], count: int, seed: int, purpose: str) -> list[str
 class HoldOut:
     """Rows that people read and nothing is trained on: so many of each source, by seed."""
 
-    per_source: int
-    seed: int
+    per_source: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.per_source < 1:
-            raise ConfigError(f"per_source must be at least 1, got {self.per_source}")
+        if self.per_source < 0:
+            raise ConfigError(f"per_source must be 0 or more, got {self.per_source}")
 
     def of(self, rows: Iterable[tuple[str, str]]) -> set[str]:
         """Return the ids that are held out of rows, each an id and its source."""

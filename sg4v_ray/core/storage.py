@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,9 +156,16 @@ class Storage:
             else:
                 found.unlink(missing_ok=True)
             return
-        store = self.open()
-        for path in self.list(prefix):
-            obstore.delete(store, path)
+        self.delete_objects([prefix, *self.list(prefix)])
+
+    def delete_objects(self, paths: Sequence[str]) -> None:
+        """Delete objects by their whole paths; many at once in a bucket. One may be gone."""
+        if is_local(self.root):
+            for path in paths:
+                (local_path(self.root) / path).unlink(missing_ok=True)
+            return
+        with suppress(NotFoundError):
+            obstore.delete(self.open(), list(paths))
 
     def arrow(self, path: str = "") -> tuple[pyarrow.fs.FileSystem, str]:
         """Return the pyarrow file system and path of the same place, for Ray and Parquet."""

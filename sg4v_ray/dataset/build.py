@@ -49,7 +49,7 @@ class CaptionsPart:
     empty keeps it whole."""
     filter: CaptionFilter | None = None
     """What is left out by scores (`jobs.score_captions`); None leaves out rejects alone."""
-    hold_out: HoldOut | None = None
+    hold_out: HoldOut = HoldOut()
     """What is kept for people to read (`jobs.review_captions`) and not trained on."""
 
 
@@ -159,8 +159,8 @@ def _from_captions(
 ) -> Iterator[Sample]:
     unwanted = left_out(storage, part.filter, part.captions) if part.filter else {}
     rows: list[CaptionRow] = read_rows(storage, part.captions, CaptionRow)
-    if part.hold_out is not None:
-        unwanted |= dict.fromkeys(part.hold_out.of((one.id, one.source) for one in rows), HELD_OUT)
+    held_out = part.hold_out.of((one.id, one.source) for one in rows)
+    unwanted |= dict.fromkeys(held_out, HELD_OUT)
     for row in rows:
         reason = row.reject or unwanted.get(row.id)
         if reason is not None:

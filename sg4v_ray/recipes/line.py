@@ -54,7 +54,7 @@ class CollectStep:
     """Start the recipe's own teacher on this machine and ask that one."""
 
     def __post_init__(self) -> None:
-        self.flow.check_fills(self.endpoint.limits.in_flight)
+        self.flow.check_fills(self.endpoint.limits.in_flight, "--endpoint.limits.in-flight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

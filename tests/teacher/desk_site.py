@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from sg4v_ray.captions.batches import Batches, BatchLimits
-from sg4v_ray.captions.desk import Ask, Desk
+from sg4v_ray.captions.charges import Ask
+from sg4v_ray.captions.desk import Desk
 from sg4v_ray.captions.ledger import Ledger, Paid
 from sg4v_ray.captions.prompts import OBJECTS_2026_11, Prompt
 from sg4v_ray.captions.teacher import Endpoint, Reply, Teacher, TeacherConfig

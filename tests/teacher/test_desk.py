@@ -15,6 +15,7 @@ import pytest
 from sg4v_ray.captions.ledger import Paid
 from sg4v_ray.captions.prompts import BASE_2026_11
 from sg4v_ray.core.errors import LeaseLost, MoneySpent, TeacherBusy, TeacherUnusable
+from sg4v_ray.core.rate import Limits
 from sg4v_ray.core.rejects import Reject
 from sg4v_ray.core.storage import Storage
 from tests.teacher.desk_site import JOB, ask, endpoint, opened
@@ -144,6 +145,7 @@ def test_an_image_that_always_fails_is_a_reject_when_others_are_answered(tmp_pat
     [
         ("500", TeacherBusy),
         ("drop_before", TeacherBusy),
+        ("400", TeacherUnusable),
         ("401", TeacherUnusable),
         ("429_quota", TeacherUnusable),
     ],
@@ -158,10 +160,57 @@ def test_a_provider_that_answers_nobody_ends_the_job(
             where = endpoint(provider.url, max_tries=2)
             async with opened(tmp_path / "ledger", where) as site:
                 with pytest.raises(error):
-                    await site.ask_all([ask(n) for n in range(3)])
+                    await site.ask_all([ask(n) for n in range(12)])
                 assert not site.ledger.open
 
         asyncio.run(run())
+
+
+def test_a_bad_image_that_is_the_last_one_does_not_block_the_collection(tmp_path: Path) -> None:
+    bad = ask(3)
+    config = ServerConfig(always=(Always(outcome="500", image_sha=sha(bad.image)),))
+    with serving(config, tmp_path / "provider.jsonl") as provider:
+
+        async def run() -> Any:
+            where = endpoint(provider.url, max_tries=2)
+            async with opened(tmp_path / "ledger", where) as site:
+                await site.desk.ask(ask(1))
+                return await site.desk.ask(bad)
+
+        assert asyncio.run(run()).reject == Reject.NO_ANSWER
+
+
+def test_a_refused_request_is_a_reject_and_not_kept_for_an_answer(tmp_path: Path) -> None:
+    bad = ask(3)
+    config = ServerConfig(always=(Always(outcome="400", image_sha=sha(bad.image), tries=1),))
+    with serving(config, tmp_path / "provider.jsonl") as provider:
+
+        async def run() -> tuple[Any, Any]:
+            async with opened(tmp_path / "ledger", endpoint(provider.url)) as site:
+                return await site.desk.ask(bad), await site.desk.ask(bad)
+
+        refused, answered = asyncio.run(run())
+    assert refused.reject == Reject.BAD_REQUEST
+    assert answered.reply.text
+
+
+def test_a_desk_that_is_stopped_sends_nothing_more(tmp_path: Path) -> None:
+    with serving(ServerConfig(latency_s=0.5), tmp_path / "provider.jsonl") as provider:
+
+        async def run() -> int:
+            limits = Limits(requests_per_min=60, in_flight=10)
+            async with opened(tmp_path / "ledger", endpoint(provider.url, limits=limits)) as site:
+                asking = asyncio.gather(
+                    *(site.desk.ask(ask(n)) for n in range(10)), return_exceptions=True
+                )
+                while not site.ledger.open:
+                    await asyncio.sleep(0.01)
+                await site.desk.stop()
+                assert not site.ledger.open
+                return sum(isinstance(one, Paid) for one in await asking)
+
+        answered = asyncio.run(run())
+        assert answered == len(provider.entries("request")) == 1
 
 
 def test_an_overtaken_desk_sends_nothing_more(tmp_path: Path, provider: Running) -> None:

@@ -68,7 +68,7 @@ def test_what_was_on_its_way_is_lost_but_a_batch_is_not(home: Storage) -> None:
         notes = Ledger(home, writer=1)
         await notes.sent(sent("a"))
         await notes.sent_together([sent("b", batch="x"), sent("c", batch="x")])
-        await notes.batch("x", "batch_123")
+        await notes.batch("x", "batch_123", "http://teacher/v1")
 
     async def next_job() -> Ledger:
         notes = Ledger(home, writer=2)
@@ -79,7 +79,7 @@ def test_what_was_on_its_way_is_lost_but_a_batch_is_not(home: Storage) -> None:
     asyncio.run(killed())
     notes = asyncio.run(next_job())
     assert set(notes.open) == {"b", "c"}
-    assert notes.batches == {"x": "batch_123"}
+    assert notes.batches == {"x": ("batch_123", "http://teacher/v1")}
     assert len(Ledger(home, writer=3).lost) == 1, "once lost is not lost again"
 
 

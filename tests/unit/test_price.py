@@ -26,6 +26,11 @@ def test_an_image_is_charged_by_tiles(width: int, height: int, tokens: int) -> N
     assert ImageTokens().most_of(width, height, "high") >= tokens
 
 
+@pytest.mark.parametrize("width", [1, 20, 100, 300])
+def test_a_thin_image_is_not_reserved_a_fortune_for(width: int) -> None:
+    assert ImageTokens().most_of(2048, width, "high") <= 85 + 170 * 8
+
+
 def test_a_thousand_captions_of_gpt_4o() -> None:
     prices = PriceTable(input_usd_per_mtok=2.5, output_usd_per_mtok=10.0)
     assert prices.usd(1000 * 900, 1000 * 215) == pytest.approx(2.25 + 2.15)

@@ -63,6 +63,7 @@ def ask(handler: Callable[[httpx2.Request], httpx2.Response]) -> Reply:
         pytest.param(body(None, refusal="I cannot."), Reject.REFUSED, id="refusal"),
         pytest.param(body("A", finish="content_filter"), Reject.CONTENT_FILTER, id="filter"),
         pytest.param(body("A red", finish="length"), Reject.CUT_OFF, id="cut off"),
+        pytest.param({**body("A"), "choices": []}, Reject.EMPTY_TEXT, id="no choice"),
     ],
 )
 def test_every_reply_has_one_outcome(reply: dict[str, Any], reject: Reject | None) -> None:
@@ -110,7 +111,16 @@ def raising(error: type[httpx2.RequestError]) -> Callable[[httpx2.Request], http
     return handler
 
 
-@pytest.mark.parametrize("error", [httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout])
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx2.ConnectError,
+        httpx2.ConnectTimeout,
+        httpx2.PoolTimeout,
+        httpx2.LocalProtocolError,
+        httpx2.UnsupportedProtocol,
+    ],
+)
 def test_what_was_never_sent_costs_nothing(error: type[httpx2.RequestError]) -> None:
     with pytest.raises(TurnedAway):
         ask(raising(error))
@@ -126,11 +136,10 @@ def test_what_was_never_sent_costs_nothing(error: type[httpx2.RequestError]) -> 
         lambda _: httpx2.Response(502),
         lambda _: httpx2.Response(504),
         lambda _: httpx2.Response(200, content=b'{"choices": [{"mess'),
-        lambda _: httpx2.Response(200, json={"choices": []}),
         lambda _: httpx2.Response(200, content=b"\xff\xfe"),
         lambda _: httpx2.Response(200, text="<html>"),
     ],
-    ids=["timeout", "read", "write", "dropped", "502", "504", "cut", "empty", "bytes", "html"],
+    ids=["timeout", "read", "write", "dropped", "502", "504", "cut", "bytes", "html"],
 )
 def test_an_answer_that_did_not_come_whole_may_have_been_paid(
     handler: Callable[[httpx2.Request], httpx2.Response],
@@ -139,7 +148,7 @@ def test_an_answer_that_did_not_come_whole_may_have_been_paid(
         ask(handler)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 404])
 def test_a_wrong_key_model_or_url_stops_the_job_and_says_what_to_check(status: int) -> None:
     with pytest.raises(TeacherUnusable, match=rf"HTTP {status}.*Check the key"):
         ask(lambda _: httpx2.Response(status, json={"error": {"message": "no"}}))
@@ -222,6 +231,30 @@ def test_a_key_is_not_sent_where_others_can_read_it(url: str) -> None:
     assert Endpoint(base_url=url, plain_http=True).base_url == url
     assert Endpoint(base_url=url, api_key_env=None).base_url == url
     assert Endpoint(base_url="http://127.0.0.1:8000/v1").api_key_env == "OPENAI_API_KEY"
+
+
+@pytest.mark.parametrize("key", ["sk-a b", "\u201csk-a\u201d", "sk-a\nb"])
+def test_a_key_that_is_none_is_refused_and_not_shown(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigError, match="copy it anew") as caught:
+        Endpoint(base_url="https://teacher/v1").key()
+    assert "sk-a" not in str(caught.value)
+
+
+def test_a_line_feed_behind_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    assert Endpoint(base_url="https://teacher/v1").key() == KEY
+
+
+def test_an_error_that_quotes_its_headers_is_told_by_name_alone() -> None:
+    def quote(request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ReadError(f"Illegal header value {KEY!r}", request=request)
+
+    with pytest.raises(AnswerLost, match="ReadError at http://teacher/v1") as caught:
+        ask(quote)
+    assert KEY not in str(caught.value)
 
 
 def test_a_cap_without_prices_is_refused_since_nothing_would_be_counted() -> None:
