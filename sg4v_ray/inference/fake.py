@@ -111,6 +111,11 @@ class FakeEngine:
         self._waiting.clear()
 
     async def _decode(self) -> None:
+        """Step for ever. A step takes the device's time: a process that is woken late, because the
+        machine simulates many devices at once, has not made the device slower.
+        """
+        clock, latency_s = asyncio.get_running_loop().time, self._config.latency_s
+        free_s = clock()
         while True:
             while self._waiting and len(self._running) < self.capacity:
                 row = next(iter(self._waiting))
@@ -119,8 +124,10 @@ class FakeEngine:
             if not self._running:
                 self._wake.clear()
                 await self._wake.wait()
+                free_s = clock()
                 continue
-            await asyncio.sleep(self._config.latency_s)  # stands for a forward pass
+            free_s = max(free_s, clock() - latency_s) + latency_s  # one step late at most
+            await asyncio.sleep(free_s - clock())  # stands for a forward pass
             self._steps += 1
             for row in [*self._running]:
                 if row.step(self._config.tokens_per_step):
