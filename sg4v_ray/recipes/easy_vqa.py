@@ -22,6 +22,7 @@ from sg4v_ray.captions.collect import CollectConfig
 from sg4v_ray.captions.prompts import DETAILED_2026_11
 from sg4v_ray.captions.teacher import Endpoint, ImageSent, TeacherConfig
 from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.rate import Limits
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart, QuestionsPart
 from sg4v_ray.evaluation.run import EvaluateConfig
 from sg4v_ray.inference.engine import Generation
@@ -182,7 +183,9 @@ def easy_vqa() -> Line:
                 # Lossless: this teacher reads pixels.
                 teacher=TeacherConfig(model="pixel-reader", image=ImageSent(format="png")),
             ),
-            endpoint=Endpoint(base_url="http://127.0.0.1", api_key_env=None),
+            endpoint=Endpoint(
+                base_url="http://127.0.0.1", api_key_env=None, limits=Limits(in_flight=128)
+            ),
             local_teacher=True,
             images=TRAIN_IMAGES,
             out=TEACHER_CAPTIONS,
