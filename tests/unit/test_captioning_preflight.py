@@ -62,6 +62,6 @@ def test_an_engine_larger_than_what_flows_into_it_is_refused() -> None:
     step = RECIPES["demo"]().caption
     assert step is not None
     with pytest.raises(
-        ConfigError, match=r"= 128 rows, fewer than engine.capacity 256; .* least 8"
+        ConfigError, match=r"= 128 rows, fewer than --engine\.capacity 256; .* least 8"
     ):
         replace(step, engine=replace(step.engine, capacity=256))

@@ -57,7 +57,7 @@ def test_a_wrong_key_is_told_as_such(locked_teacher: str, tmp_path: Path) -> Non
     where = Where(root=str(tmp_path / "root"), progress=False, engine_cpus=0.5)
     images = Ref(name="images")
     index.run(IndexConfig(sources=(Folder(path=str(photos)),)), out=images, where=where)
-    with pytest.raises(TeacherUnusable, match=r"answered 401.*Check the key") as caught:
+    with pytest.raises(TeacherUnusable, match=r"(?s)HTTP 401.*Check the key") as caught:
         collect.run(
             CollectConfig(
                 sample=SampleConfig(shares=(Share(source="folder", prompt=DETAILED_2026_11.name),)),
