@@ -47,13 +47,13 @@ def test_a_job_that_is_killed_pays_nothing_twice_but_what_was_on_its_way(
             driver.kill()
             assert not is_finished(site.storage, OUT, config={})
         site.drive().succeed()
-        check(site)
+        check(site, most_on_their_way=64 * kills)
         before = sent(provider)
         site.drive().succeed()
         assert sent(provider) == before, "a finished collection sends nothing"
 
 
-def check(site: CollectSite) -> None:
+def check(site: CollectSite, *, most_on_their_way: int) -> None:
     """Assert one outcome an image, and that the job's account and the provider's agree."""
     rows = site.rows()
     assert len(rows) == len({row.id for row in rows}) == site.num_images
@@ -65,7 +65,9 @@ def check(site: CollectSite) -> None:
         outcome = requests.get(lost["ticket"], {}).get("outcome")
         assert lost["why"] == KILLED or outcome in LOST_ON_THE_WIRE, (lost, outcome)
     never_sent = [one for one in site.lost() if one["ticket"] not in requests]
-    assert len(never_sent) <= 0.2 * max(1, len(site.lost())), "noted, but killed before it went out"
+    # Noted, and killed before it went out: nobody can tell that from an answer that got lost.
+    assert len(never_sent) <= len([one for one in site.lost() if one["why"] == KILLED])
+    assert len([one for one in site.lost() if one["why"] == KILLED]) <= most_on_their_way
     facts = site.manifest().facts
     assert facts["usd"] >= site.provider.billed_usd() - 1e-6
     assert facts["lost_requests"] == len(site.lost())
