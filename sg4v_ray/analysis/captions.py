@@ -67,14 +67,14 @@ def items_of(rows: Iterable[CaptionRow]) -> Iterator[GalleryItem]:
     for row in rows:
         yield GalleryItem(
             id=row.id,
-            image=thumbnail(row.uri),
+            image=_thumbnail(row.uri),
             text=row.text,
             reject=row.reject,
             detail=row.reject_detail,
         )
 
 
-def thumbnail(uri: str) -> bytes | None:
+def _thumbnail(uri: str) -> bytes | None:
     """Return a PNG of an image, or None where there is none to show."""
     image = load_image(uri, limits=ImageLimits())
     if not isinstance(image, Image.Image):

@@ -96,7 +96,8 @@ def add_images(
         image = data if isinstance(data, Rejected) else open_image(data, limits)
         encoded.append(None if isinstance(image, Rejected) else encode(image))
         rejects.append(image if isinstance(image, Rejected) else None)
-        hashes.append(None if isinstance(data, Rejected) else hashlib.sha256(data).hexdigest())
+        if hash_column is not None:
+            hashes.append(None if isinstance(data, Rejected) else hashlib.sha256(data).hexdigest())
     if hash_column is not None:
         table = table.append_column(hash_column, pa.array(hashes, pa.string()))
     _decode_seconds().inc(time.monotonic() - started_s)

@@ -251,11 +251,14 @@ def desk_of(
                 _get(desk.finish_batches.remote())
             yield desk
         finally:
-            _close(desk, where.storage.sub(out.path))
+            try:
+                _close(desk, where.storage.sub(out.path))
+            finally:
+                ray.kill(desk)
 
 
 def _close(desk: "DeskHandle", home: Storage) -> None:
-    """Wait for what is on its way, say what was lost in all runs, and end the desk."""
+    """Wait for what is on its way and say what was lost in all runs."""
     try:
         if not _get(desk.is_open.remote()):
             return
@@ -281,7 +284,6 @@ def _close(desk: "DeskHandle", home: Storage) -> None:
         len(lost),
         home.uri(LOST),
     )
-    ray.kill(desk)
 
 
 def _warn_of_lost(lost: list[Lost]) -> None:

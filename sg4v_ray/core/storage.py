@@ -156,15 +156,17 @@ class Storage:
             else:
                 found.unlink(missing_ok=True)
             return
-        self.delete_objects([prefix, *self.list(prefix)])
+        # A listing has what lies below a prefix, and not the object of that very name.
+        exact = [prefix] if prefix and self.exists(prefix) else []
+        self.delete_objects([*exact, *self.list(prefix)])
 
     def delete_objects(self, paths: Sequence[str]) -> None:
-        """Delete objects by their whole paths; many at once in a bucket. One may be gone."""
+        """Delete objects by their whole paths; many at once in a bucket."""
         if is_local(self.root):
             for path in paths:
                 (local_path(self.root) / path).unlink(missing_ok=True)
             return
-        with suppress(NotFoundError):
+        if paths:
             obstore.delete(self.open(), list(paths))
 
     def arrow(self, path: str = "") -> tuple[pyarrow.fs.FileSystem, str]:
