@@ -6,7 +6,6 @@ import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -137,13 +136,3 @@ def rows_over(files: list[Path], count: int) -> Iterator[ImageRow]:
             uri=str(files[place]),
             size_bytes=sizes[place],
         )
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return rows of equal keys as text in columns."""
-    keys = list(rows[0])
-    cells = [keys, *([str(row.get(key, "")) for key in keys] for row in rows)]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(keys))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells
-    )

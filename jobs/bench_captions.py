@@ -27,6 +27,7 @@ from jobs._cli import main
 from sg4v_ray.batch.watch import STATUS
 from sg4v_ray.core.errors import ConfigError, Sg4vError
 from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.text_table import text_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +189,7 @@ def run() -> None:
     ratios: dict[str, Any] = {}
     for case in wanted:
         ratios |= runs[case](bench)
-    print(site.table([{"figure": key, "value": value} for key, value in ratios.items()]))
+    print(text_table([("figure", "value"), *((key, str(value)) for key, value in ratios.items())]))
     last = json.dumps({"case": "ratios", **ratios, "ran": list(wanted)})
     Path(bench.root, RATIOS).write_text(f"{last}\n")
     print(last, flush=True)

@@ -37,7 +37,8 @@ def run() -> None:
     job, where = parse(__doc__, _pick, sys.argv[1:])
     step = job.collect
     if job.dry_run:
-        print(table(estimate(step.config, step.endpoint, images=step.images, where=where)))
+        parts = estimate(step.config, step.endpoint, images=step.images, out=step.out, where=where)
+        print(table(parts))
         return
     with ray_session():
         manifest = _steps.collect_captions(step, where)

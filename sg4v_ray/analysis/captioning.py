@@ -6,7 +6,6 @@ captions@v -> captions/v/report.json, report.html (with a gallery of a sample), 
 Rows are read file by file, so 1.2 million captions are never in memory at once.
 """
 
-import hashlib
 import heapq
 import itertools
 import json
@@ -26,6 +25,7 @@ from sg4v_ray.core.artifact import Manifest, Ref, find
 from sg4v_ray.core.html import element
 from sg4v_ray.core.records import CaptionRow, from_table
 from sg4v_ray.core.rows import newest_by_file
+from sg4v_ray.core.sampling import draw
 from sg4v_ray.core.where import Where
 
 SAMPLE = 200
@@ -41,8 +41,8 @@ class _Seen:
     chars: list[int] = field(default_factory=list)
     sources: Counter[str] = field(default_factory=Counter)
     rejects: Counter[str] = field(default_factory=Counter)
-    captions: list[tuple[bytes, str, CaptionRow]] = field(default_factory=list)
-    refused: list[tuple[bytes, str, CaptionRow]] = field(default_factory=list)
+    captions: list[tuple[float, str, CaptionRow]] = field(default_factory=list)
+    refused: list[tuple[float, str, CaptionRow]] = field(default_factory=list)
 
 
 def write_report(*, captions: Ref, where: Where) -> dict[str, Any]:
@@ -75,9 +75,9 @@ def _look(tables: Iterator[pa.Table], where: str) -> _Seen:
     return seen
 
 
-def _sample(kept: list[tuple[bytes, str, CaptionRow]], table: pa.Table, where: str) -> None:
-    """Keep the rows with the smallest hashes of their ids: a random sample, always the same one."""
-    keys = [(hashlib.sha256(one.encode()).digest(), one) for one in table["id"].to_pylist()]
+def _sample(kept: list[tuple[float, str, CaptionRow]], table: pa.Table, where: str) -> None:
+    """Keep what `core.sampling.sample` would draw, one table after the other."""
+    keys = [(draw(one, 0, "report"), one) for one in table["id"].to_pylist()]
     best = heapq.nsmallest(SAMPLE, range(len(keys)), key=keys.__getitem__)
     rows = from_table(CaptionRow, table.take(pa.array(best, pa.int64())), where=where)
     kept += [(*keys[place], row) for place, row in zip(best, rows, strict=True)]

@@ -57,7 +57,7 @@ class Status:
     """What `status.json` beside an artifact says."""
 
     state: str
-    """`running`, `stopped` (resumable) or `finished`."""
+    """`in batches` (a teacher's), `running`, `stopped` (resumable) or `finished`."""
     updated: str
     done: int
     """Rows made; a kill loses those of blocks that were not written yet."""

@@ -3,13 +3,13 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import IO, Final, TypeVar
 
 import openai
 from openai.types import Batch, FileObject
 
-from sg4v_ray.captions.teacher import Endpoint, Teacher, retry_after_s
+from sg4v_ray.captions.teacher import NO_MONEY, Endpoint, Teacher, retry_after_s
 from sg4v_ray.core.errors import TeacherBusy, TeacherUnusable
 from sg4v_ray.core.retry import RetryPolicy
 
@@ -38,10 +38,21 @@ class BatchApi:
         async def send() -> FileObject:
             file.seek(0)
             return await self._client.files.create(
-                file=(f"{name}.jsonl", file), purpose="batch", timeout=_UPLOAD_S
+                file=(_file_of(name), file), purpose="batch", timeout=_UPLOAD_S
             )
 
         return (await self._call(send)).id
+
+    async def delete_uploads(self, names: Collection[str]) -> None:
+        """Delete what was uploaded for batches that were never created."""
+
+        async def pages() -> list[str]:
+            files = {_file_of(name) for name in names}
+            listed = self._client.files.list(purpose="batch", limit=100)
+            return [one.id async for one in listed if one.filename in files]
+
+        for file_id in await self._call(pages):
+            await self.delete(file_id)
 
     async def lines(self, file_id: str) -> list[str]:
         """Return the lines of a file that the provider made."""
@@ -67,6 +78,7 @@ class BatchApi:
                 )
                 provider_id = made.id
             except _PASSING as error:
+                self._refuse_empty_account(error)
                 tries += 1
                 if tries == _PATIENCE.max_tries:
                     raise self._busy(error) from None
@@ -121,6 +133,7 @@ class BatchApi:
             try:
                 return await call()
             except _PASSING as error:
+                self._refuse_empty_account(error)
                 tries += 1
                 if tries == _PATIENCE.max_tries:
                     raise self._busy(error) from None
@@ -129,6 +142,10 @@ class BatchApi:
             except openai.APIStatusError as error:
                 raise self._unusable(error) from None
             await asyncio.sleep(_PATIENCE.bound_s(tries) if asked_s is None else asked_s)
+
+    def _refuse_empty_account(self, error: openai.APIError) -> None:
+        if isinstance(error, openai.RateLimitError) and NO_MONEY in error.response.text:
+            raise self._unusable(error) from None
 
     def _busy(self, error: openai.APIError) -> TeacherBusy:
         said = self._teacher.clean(type(error).__name__)
@@ -143,3 +160,7 @@ class BatchApi:
             f"{self._endpoint.base_url} answered {said}. Check the key, the account and whether it "
             "has a Batch API (--mode online does without)"
         )
+
+
+def _file_of(name: str) -> str:
+    return f"{name}.jsonl"

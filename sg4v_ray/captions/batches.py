@@ -12,31 +12,28 @@ import json
 import logging
 import tempfile
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Final
 
 from openai.types import Batch
 
+from sg4v_ray.captions.batch_answers import BatchAnswers
 from sg4v_ray.captions.batch_api import PATH, BatchApi
 from sg4v_ray.captions.charges import Ask
 from sg4v_ray.captions.desk import Desk
 from sg4v_ray.captions.ledger import Sent
-from sg4v_ray.captions.teacher import AnswerLost, Endpoint, Teacher, TurnedAway, body_of
+from sg4v_ray.captions.teacher import Endpoint, Teacher, body_of
 from sg4v_ray.core.errors import (
     ConfigError,
-    ContractError,
     Sg4vError,
     TeacherBusy,
     TeacherUnusable,
 )
-from sg4v_ray.core.rejects import Reject
 
 _log = logging.getLogger(__name__)
 
 _ENDED: Final = ("completed", "failed", "expired", "cancelled")
 _QUEUE_IS_FULL: Final = "token_limit_exceeded"
-_AT_ONCE: Final = 500
-"""Answers that are noted together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +59,17 @@ class BatchLimits:
             raise ConfigError(f"poll_s must be above 0, got {self.poll_s}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchCounts:
+    """How far the requests are that were put into batches by this run, or taken up by it."""
+
+    requests: int
+    answered: int
+    """Noted here, or answered at the provider as it says."""
+    batches: int
+    """That have not ended."""
+
+
 class Batches:
     """The batches of one desk; for its event loop."""
 
@@ -70,17 +78,19 @@ class Batches:
     ) -> None:
         self._desk, self._teacher = desk, teacher
         self._api = BatchApi(teacher, endpoint, poll_s=limits.poll_s)
+        self._answers = BatchAnswers(desk, teacher)
         self._endpoint, self._limits, self._ledger = endpoint, limits, desk.ledger
         self._file: IO[bytes] = _spool()
         self._size = 0
         self._notes: list[Sent] = []
-        self._keys: set[str] = set()
-        """Asks that are in a batch or in the file."""
+        self._put: set[str] = set()
+        """All asks that came, answered ones too."""
+        self._done: dict[str, int] = {}
+        """How many requests of a batch under way the provider has answered."""
         self._under_way: dict[str, str] = {}
         """Our name and the provider's of batches that have not ended."""
         self._not_yet: dict[str, str] = {}
         """Our name and the input file of batches that found the provider's queue full."""
-        self._taken: set[str] = set()
 
     async def resume(self) -> int:
         """Take up the batches of this collection's earlier jobs; return how many are under way.
@@ -92,20 +102,30 @@ class Batches:
         names = {one.batch for one in mine if one.batch is not None}
         unknown = names - set(self._ledger.batches)
         theirs = await self._api.named() if unknown else {}
+        if never := unknown - set(theirs):
+            await self._api.delete_uploads(never)
         here = self._endpoint.base_url
         for name in names:
             provider_id, url = self._ledger.batches.get(name, (theirs.get(name), here))
             if provider_id is None:
                 _log.info("batch %s was never created; its requests cost nothing", name)
-                await self._free(name)
+                await self._answers.free(name)
             elif url != here:
-                await self._lose(name, f"its batch is at {url}, not at {here}")
+                await self._answers.lose(name, f"its batch is at {url}, not at {here}")
             else:
                 self._under_way[name] = provider_id
-                for note in self._of(name):
-                    self._keys.add(note.key)
+                for note in self._answers.of(name):
+                    self._answers.keys.add(note.key)
                     self._desk.purse.reserve(note.usd)
+        self._put |= self._answers.keys
         return len(self._under_way)
+
+    def counts(self) -> BatchCounts:
+        """Return how far the batches are."""
+        noted = sum(key in self._ledger.answers for key in self._put)
+        told = sum(self._done.get(name, 0) for name in self._under_way)
+        open_batches = len(self._under_way) + len(self._not_yet)
+        return BatchCounts(requests=len(self._put), answered=noted + told, batches=open_batches)
 
     async def add(self, ask: Ask) -> None:
         """Put an ask into the next batch, unless it is answered or in one; may send a full one.
@@ -114,10 +134,12 @@ class Batches:
             MoneySpent: it could pass the cap, and no batch under way will give money back.
         """
         key = self._desk.key(ask)
-        if key in self._ledger.answers or key in self._keys:
+        self._put.add(key)
+        if key in self._ledger.answers or key in self._answers.keys:
             return
         charges = self._desk.charges
-        usd = charges.most_usd(charges.bounds(ask), in_batch=True)
+        most = charges.bounds(ask)
+        usd = charges.most_usd(most, in_batch=True)
         ticket = uuid.uuid4().hex
         body = body_of(self._teacher.config, ask.prompt.text, ask.image)
         request = {"custom_id": ticket, "method": "POST", "url": PATH, "body": body}
@@ -133,8 +155,11 @@ class Batches:
                 raise self._desk.money_spent(usd)
             await self._wait_for_one()
         self._desk.purse.reserve(usd)
-        self._keys.add(key)
-        self._notes.append(Sent(ticket, key, ask.row, self._desk.job, usd))
+        self._answers.keys.add(key)
+        least = most.least_prompt_tokens
+        self._notes.append(
+            Sent(ticket, key, ask.row, self._desk.job, usd, least_prompt_tokens=least)
+        )
         self._file.write(line)
         self._size += len(line)
 
@@ -150,9 +175,7 @@ class Batches:
         while len(self._under_way) >= self._limits.max_open:
             await self._wait_for_one()
         name, file = uuid.uuid4().hex, self._file
-        notes = [
-            Sent(one.ticket, one.key, one.row, one.job, one.usd, batch=name) for one in self._notes
-        ]
+        notes = [replace(one, batch=name) for one in self._notes]
         self._notes, self._size, self._file = [], 0, _spool()
         await self._ledger.sent_together(notes)
         uploaded = await self._api.upload(name, file)
@@ -179,9 +202,11 @@ class Batches:
                 except TeacherBusy as error:
                     _log.warning("%s", error)
                     continue
+                if batch is not None and batch.request_counts is not None:
+                    self._done[name] = batch.request_counts.completed
                 if batch is None:
                     del self._under_way[name]
-                    await self._lose(name, "the provider has no such batch any more")
+                    await self._answers.lose(name, "the provider has no such batch any more")
                 elif batch.status in _ENDED:
                     await self._take(name, batch)
                 ended = ended or name not in self._under_way
@@ -210,8 +235,8 @@ class Batches:
         odd: list[Sg4vError] = []
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id is not None:
-                odd += await self._take_file(name, file_id)
-        await self._free(name)
+                odd += await self._answers.take(name, await self._api.lines(file_id))
+        await self._answers.free(name)
         counts = batch.request_counts
         done = f"{counts.completed} of {counts.total} answered" if counts else "no counts"
         _log.info("batch %s: %s, %s", name, batch.status, done)
@@ -229,79 +254,6 @@ class Batches:
             )
         if odd:
             raise odd[0]
-
-    async def _take_file(self, name: str, file_id: str) -> list[Sg4vError]:
-        """Note the answers of a file; return what its odd lines would end the job with."""
-        lines = await self._api.lines(file_id)
-        odd: list[Sg4vError] = []
-        for start in range(0, len(lines), _AT_ONCE):
-            piece = (self._take_line(name, line) for line in lines[start : start + _AT_ONCE])
-            odd += [one for one in await asyncio.gather(*piece) if one is not None]
-        return odd
-
-    async def _take_line(self, name: str, line: str) -> Sg4vError | None:
-        """Note one answer; a line that says none leaves its request to be freed with the batch."""
-        try:
-            answer = json.loads(line)
-            ticket = answer["custom_id"]
-            response = answer.get("response") or {}
-            status, body = response.get("status_code"), json.dumps(response.get("body"))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            return ContractError(
-                self._teacher.clean(
-                    f"the provider's batch file has an odd line ({error!r}): {line[:200]}. The "
-                    "other answers are kept; run again, its image is asked anew"
-                )
-            )
-        note = self._ledger.open.get(ticket)
-        if note is None or note.batch != name or ticket in self._taken:
-            return None  # another run, or another line, has noted it already
-        try:
-            if status is None:  # expired, cancelled: never answered
-                return None
-            reply = (
-                self._teacher.reply(body)
-                if status == 200
-                else self._teacher.status_error(status, {}, body)
-            )
-        except TurnedAway:
-            return None
-        except TeacherUnusable as error:
-            return error
-        except AnswerLost as error:
-            self._taken.add(ticket)
-            self._desk.counts.outcomes["lost"] += 1
-            await self._ledger.lose(ticket, str(error))
-            self._desk.purse.settle(note.usd, note.usd)
-            return None
-        self._desk.counts.outcomes[reply.reject or "caption"] += 1
-        if reply.reject != Reject.BAD_REQUEST:
-            self._taken.add(ticket)
-            spent = self._desk.charges.cost(reply, note.usd, in_batch=True)
-            await self._ledger.paid(ticket, spent, reply)
-            self._desk.purse.settle(note.usd, spent)
-        return None
-
-    def _of(self, name: str) -> list[Sent]:
-        return [one for one in self._ledger.open.values() if one.batch == name]
-
-    async def _free(self, name: str) -> None:
-        """Close the requests of a batch that were not answered: nothing is charged for them."""
-        left = self._of(name)
-        await asyncio.gather(*(self._ledger.free(one.ticket) for one in left))
-        for one in left:
-            self._keys.discard(one.key)
-            self._desk.purse.settle(one.usd, 0.0)
-
-    async def _lose(self, name: str, why: str) -> None:
-        """Give up a batch that nobody can read any more: the most is charged, and listed."""
-        left = self._of(name)
-        _log.warning("%d requests of a batch are charged in full: %s", len(left), why)
-        await asyncio.gather(*(self._ledger.lose(one.ticket, why) for one in left))
-        for one in left:
-            held = one.usd if one.key in self._keys else 0.0
-            self._keys.discard(one.key)
-            self._desk.purse.settle(held, one.usd)
 
 
 def _spool() -> IO[bytes]:

@@ -9,59 +9,41 @@ collection that asks the same of the same image finds the answer there.
 """
 
 import io
-import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 from PIL import Image
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sg4v_ray.batch import plan
 from sg4v_ray.batch.pixels import add_images
-from sg4v_ray.batch.room import LIGHT_CPUS, check_cluster
 from sg4v_ray.batch.stage import Stage, input_fingerprints, retry_rejects, write_rows
 from sg4v_ray.captions.batches import BatchLimits
 from sg4v_ray.captions.choose import SampleConfig, write_chosen
-from sg4v_ray.captions.ledger import Lost
+from sg4v_ray.captions.in_batches import ask_in_batches, wait_for_earlier_batches
 from sg4v_ray.captions.quality import QualityConfig, check_language
+from sg4v_ray.captions.session import DeskHandle, PaidSoFar, desk_of
 from sg4v_ray.captions.teacher import Endpoint, ImageSent, TeacherConfig
 from sg4v_ray.captions.teacher_actor import (
-    AT_DESK,
-    COLUMNS,
     AskTeacher,
     DeskStatus,
-    TeacherDesk,
 )
 from sg4v_ray.core.artifact import Manifest, Ref, begin, find, is_finished
 from sg4v_ray.core.config import content_of
-from sg4v_ray.core.errors import Sg4vError
 from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.images import ImageLimits
-from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import TeacherCaptionRow
 from sg4v_ray.core.rejects import RejectBudget
-from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 
 _log = logging.getLogger(__name__)
 
-LEDGER: Final = "teacher-ledger"
-"""Folder below the root with all that was ever sent to teachers."""
-LOST: Final = "lost.json"
-"""File of an artifact: the requests that may have been paid for without an answer."""
 Mode = Literal["online", "batch"]
-DeskHandle: TypeAlias = "ray.actor.ActorHandle[TeacherDesk]"
-_NAMED: Final = 10
-"""Rows that a warning names; the file has all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +100,7 @@ def stage_of(config: CollectConfig, *, images: Ref, out: Ref, where: Where) -> S
     )
 
 
-def _asking(stage: Stage, config: CollectConfig, desk: "DeskHandle") -> Stage:
+def _asking(stage: Stage, config: CollectConfig, desk: DeskHandle) -> Stage:
     def work(attempt: int) -> plan.Work:
         return plan.Work(
             actor=AskTeacher,
@@ -131,25 +113,12 @@ def _asking(stage: Stage, config: CollectConfig, desk: "DeskHandle") -> Stage:
     return replace(stage, work=work, facts=partial(_facts, desk))
 
 
-class PaidSoFar:
-    """What all runs have paid, as a desk tells it; the last that was told once it is gone."""
-
-    def __init__(self, desk: "DeskHandle") -> None:
-        self._desk, self._usd = desk, 0.0
-
-    def __call__(self) -> float:
-        """Return dollars."""
-        with suppress(RayActorError):  # the job ends by what its rows meet, and says why
-            self._usd = float(ray.get(self._desk.spent_usd.remote()))
-        return self._usd
-
-
 def _prepare_of(config: CollectConfig) -> Callable[[pa.Table], pa.Table]:
     encode = Encode(sent=config.teacher.image)
     return partial(prepare, limits=config.images, fetch=config.fetch, encode=encode)
 
 
-def _facts(desk: "DeskHandle") -> dict[str, Any]:
+def _facts(desk: DeskHandle) -> dict[str, Any]:
     status: DeskStatus = ray.get(desk.status.remote())
     return {
         "usd": round(status.spent_usd, 6),
@@ -190,117 +159,19 @@ def run(
         return find(where.storage, out)
     if retry is None:  # drift is told before anything is paid
         begin(where.storage, out, stage.identity, inputs=stage.inputs)
-    with desk_of(config, endpoint, out=out, where=where, batch=batch or BatchLimits()) as desk:
+    with desk_of(
+        config.teacher,
+        endpoint,
+        quality=config.quality,
+        batch=batch or BatchLimits(),
+        out=out,
+        where=where,
+    ) as desk:
         stage = _asking(stage, config, desk)
+        if retry is None and mode == "batch":
+            ask_in_batches(stage, _prepare_of(config), desk=desk, where=where, flow=flow)
+        else:
+            wait_for_earlier_batches(out, desk, where)
         if retry is not None:
             return retry_rejects(stage, retry, flow=flow, where=where)
-        if mode == "batch":
-            _ask_in_batches(config, stage.index, desk, where, flow)
         return write_rows(stage, flow=flow, where=where)
-
-
-def _ask_in_batches(
-    config: CollectConfig, index: Storage, desk: "DeskHandle", where: Where, flow: plan.Flow
-) -> None:
-    """Bring every image to the desk's batches; their answers are then in the ledger."""
-    check_cluster(where)
-    filesystem, path = index.arrow()
-    rows = ray.data.read_parquet(path, filesystem=filesystem, num_cpus=LIGHT_CPUS)
-    rows = rows.repartition(target_num_rows_per_block=flow.rows_per_block).map_batches(
-        _prepare_of(config),
-        batch_size=flow.batch_size,
-        batch_format="pyarrow",
-        num_cpus=where.decode_cpus,
-    )
-    for table in rows.iter_batches(batch_size=flow.batch_size, batch_format="pyarrow"):
-        good = table.filter(pc.is_valid(table["image"])).select(COLUMNS)
-        _get(desk.put_into_batches.remote(good.to_pylist(), 1))
-    _get(desk.finish_batches.remote())
-
-
-@contextmanager
-def desk_of(
-    config: CollectConfig, endpoint: Endpoint, *, out: Ref, where: Where, batch: BatchLimits
-) -> Iterator["DeskHandle"]:
-    """Hold the root's ledger and a desk while the block runs.
-
-    However the block ends, short of a kill, what is on its way is waited for and stored.
-
-    Raises:
-        LeaseHeld: another collection below this root is running.
-    """
-    ledger = where.storage.sub(LEDGER)
-    # On the driver's node: no other node takes it down with it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    remote = ray.remote(num_cpus=0, max_concurrency=AT_DESK, scheduling_strategy=here)
-    with hold(ledger) as lease:
-        desk = remote(TeacherDesk).remote(
-            config=config.teacher,
-            endpoint=endpoint,
-            quality=config.quality,
-            batch=batch,
-            ledger_root=ledger.root,
-            writer=lease.number,
-            job=str(out),
-        )
-        try:
-            lost, batches = _get(desk.open.remote())
-            _warn_of_lost(lost)
-            if batches:  # their images would be asked, and paid, a second time
-                _log.warning("waiting for %d batches of an earlier run", batches)
-                _get(desk.finish_batches.remote())
-            yield desk
-        finally:
-            try:
-                _close(desk, where.storage.sub(out.path))
-            finally:
-                ray.kill(desk)
-
-
-def _close(desk: "DeskHandle", home: Storage) -> None:
-    """Wait for what is on its way and say what was lost in all runs."""
-    try:
-        if not _get(desk.is_open.remote()):
-            return
-        status: DeskStatus = _get(desk.status.remote())
-        if status.on_their_way:
-            _log.warning("waiting for %d answers on their way", status.on_their_way)
-        _get(desk.stop.remote())
-        status = _get(desk.status.remote())
-    except RayActorError as error:
-        _log.warning("the process that asks the teacher is gone: %s", error)
-        return
-    lost = [asdict(one) for one in status.lost]
-    home.put(LOST, (json.dumps(lost, indent=1) + "\n").encode())
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(status.outcomes.items()))
-    _log.info(
-        "%d requests sent (%s), %d answers were there; $%.4f of all runs, of it $%.4f for %d "
-        "requests without an answer (%s)",
-        status.sent,
-        counts or "none",
-        status.known,
-        status.spent_usd,
-        sum(one.usd for one in status.lost),
-        len(lost),
-        home.uri(LOST),
-    )
-
-
-def _warn_of_lost(lost: list[Lost]) -> None:
-    if lost:
-        _log.warning(
-            "%d requests were on their way when an earlier job ended; their images are asked again "
-            "and may be paid twice, $%.4f at most: %s%s",
-            len(lost),
-            sum(one.usd for one in lost),
-            ", ".join(one.row for one in lost[:_NAMED]),
-            ", ..." if len(lost) > _NAMED else "",
-        )
-
-
-def _get(answer: "ray.ObjectRef[Any]") -> Any:
-    """Get an actor's answer; what it raised on purpose comes as itself."""
-    try:
-        return ray.get(answer)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Sg4vError) else error) from None

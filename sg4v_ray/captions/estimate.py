@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a collection will take before a request is sent: images, tokens, dollars, hours by source.
 
-Image tokens are those of a sample of each source, decoded and sized as they will be sent.
+Images that an earlier run has an answer for are counted apart: they cost nothing more. Image
+tokens are those of a sample of each source, decoded and sized as they will be sent.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import pyarrow as pa
@@ -15,12 +16,15 @@ from PIL import Image
 from sg4v_ray.batch.pixels import read_images
 from sg4v_ray.captions.choose import choose
 from sg4v_ray.captions.collect import CollectConfig
+from sg4v_ray.captions.ledger import Ledger
 from sg4v_ray.captions.prompts import prompt
+from sg4v_ray.captions.session import LEDGER
 from sg4v_ray.captions.teacher import Endpoint
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.images import Rejected, open_image
 from sg4v_ray.core.rows import ROWS, read_columns
 from sg4v_ray.core.sampling import sample
+from sg4v_ray.core.text_table import text_table
 from sg4v_ray.core.where import Where
 
 _LOOKED_AT: Final = 20
@@ -40,6 +44,8 @@ class SourceEstimate:
     images: int
     wanted: int
     """More than `images` where the source has too few."""
+    answered: int
+    """Images of these that an earlier run has an answer for."""
     prompt_tokens: int
     completion_tokens: int
     """Expected, of captions as long as the paper's."""
@@ -53,27 +59,32 @@ class SourceEstimate:
 
 
 def estimate(
-    config: CollectConfig, endpoint: Endpoint, *, images: Ref, where: Where
+    config: CollectConfig, endpoint: Endpoint, *, images: Ref, out: Ref, where: Where
 ) -> list[SourceEstimate]:
     """Return what each source takes, and last the sum.
 
     Raises:
+        ArtifactCorrupt: the ledger of earlier runs is damaged.
         ArtifactMissing: the index is not finished.
         ConfigError: a source has no image.
     """
     storage = where.storage
     find(storage, images)
     rows, short = choose(read_columns(storage.sub(f"{images.path}/{ROWS}"), None), config.sample)
+    answers = Ledger(storage.sub(LEDGER), writer=None).answers.values()
+    answered = {one.row for one in answers if one.job == str(out)}
     parts = []
     for share in config.sample.shares:
         mine = rows.filter(pc.equal(rows["source"], share.source))
         wanted = short.get(share.source, (len(mine), 0))[0]
-        parts.append(_of_source(share.source, mine, wanted, config, endpoint))
+        new = mine.filter(pc.invert(pc.is_in(mine["id"], pa.array(answered, pa.string()))))
+        part = _of_source(share.source, new, config, endpoint)
+        parts.append(replace(part, images=len(mine), wanted=wanted, answered=len(mine) - len(new)))
     return [*parts, _sum(parts)]
 
 
 def _of_source(
-    source: str, rows: pa.Table, wanted: int, config: CollectConfig, endpoint: Endpoint
+    source: str, rows: pa.Table, config: CollectConfig, endpoint: Endpoint
 ) -> SourceEstimate:
     count, prices = len(rows), endpoint.prices
     text = sum(
@@ -85,7 +96,8 @@ def _of_source(
     return SourceEstimate(
         source=source,
         images=count,
-        wanted=wanted,
+        wanted=count,
+        answered=0,
         prompt_tokens=prompt_tokens,
         completion_tokens=count * said,
         usd=prices.usd(prompt_tokens, count * said),
@@ -130,6 +142,7 @@ def _sum(parts: list[SourceEstimate]) -> SourceEstimate:
         source="all",
         images=sum(one.images for one in parts),
         wanted=sum(one.wanted for one in parts),
+        answered=sum(one.answered for one in parts),
         prompt_tokens=sum(one.prompt_tokens for one in parts),
         completion_tokens=sum(one.completion_tokens for one in parts),
         usd=math.fsum(one.usd for one in parts),
@@ -141,8 +154,8 @@ def _sum(parts: list[SourceEstimate]) -> SourceEstimate:
 
 def table(parts: list[SourceEstimate]) -> str:
     """Return the estimate as text in columns."""
-    head = ("source", "images", "prompt tokens", "answer tokens", "USD", "in batches", "at most")
-    lines = [(*head, "hours")]
+    head = ("source", "images", "answered", "prompt tokens", "answer tokens", "USD", "in batches")
+    lines = [(*head, "at most", "hours")]
     for one in parts:
         images = f"{one.images:,}"
         if one.images < one.wanted:
@@ -151,6 +164,7 @@ def table(parts: list[SourceEstimate]) -> str:
             (
                 one.source,
                 images,
+                f"{one.answered:,}",
                 f"{one.prompt_tokens:,}",
                 f"{one.completion_tokens:,}",
                 f"{one.usd:,.2f}",
@@ -159,11 +173,4 @@ def table(parts: list[SourceEstimate]) -> str:
                 "no limits given" if one.hours is None else f"{one.hours:,.1f}",
             )
         )
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if not place else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return text_table(lines)

@@ -5,7 +5,7 @@ A request is noted before it goes out and its answer before anybody sees it, so 
 knows what it has, what it owes, and what it may have paid for without getting it. Notes are JSON
 lines in objects that are written once, a few a second: appending does not exist in buckets.
 
-    sent   ticket, key, row, job, usd (the most it can cost), batch
+    sent   ticket, key, row, job, usd (the most it can cost), batch, least_prompt_tokens
     paid   ticket, usd, reply       closes `sent`; the reply is kept for ever, by key
     free   ticket                   closes `sent`: turned away, nothing charged
     lost   ticket, why              closes `sent`: no answer, the most is charged
@@ -51,6 +51,8 @@ class Sent:
     usd: float
     """The most that it can cost."""
     batch: str | None = None
+    least_prompt_tokens: float = 1.0
+    """A usage of fewer prompt tokens is not believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Paid:
     """An answer and what it cost."""
 
     ticket: str
+    row: str
     job: str
     usd: float
     reply: Reply
@@ -79,12 +82,13 @@ class Lost:
 class Ledger:
     """The notes of one root, written by one job at a time; for one event loop."""
 
-    def __init__(self, home: Storage, *, writer: int) -> None:
+    def __init__(self, home: Storage, *, writer: int | None) -> None:
         """Read all notes of earlier jobs.
 
         Args:
-            home: the ledger's folder, whose lease is held.
-            writer: the number of that lease; when a newer one exists nothing more is sent.
+            home: the ledger's folder, whose lease is held by a writer.
+            writer: the number of that lease; when a newer one exists nothing more is sent. None
+                for who only reads.
 
         Raises:
             ArtifactCorrupt: a note is no note.
@@ -98,7 +102,7 @@ class Ledger:
         """What the provider calls each batch, and its URL."""
         self.spent_usd: defaultdict[str, float] = defaultdict(float)
         """What each artifact has cost, lost answers in full."""
-        self._home, self._notes, self._writer = home, home.sub(_NOTES), writer
+        self._home, self._notes, self._lease_number = home, home.sub(_NOTES), writer
         self._written = 0
         self._waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._writing: asyncio.Task[None] | None = None
@@ -109,7 +113,7 @@ class Ledger:
         for name, data in _read_all(self._notes, names):
             for number, line in enumerate(data.removesuffix("\n").split("\n"), start=1):
                 self._take(line, where=f"{self._notes.uri(name)}, line {number}")
-        if len(names) >= _MANY_OBJECTS:
+        if writer is not None and len(names) >= _MANY_OBJECTS:
             self._merge(names)
 
     async def sent(self, note: Sent) -> None:
@@ -166,7 +170,7 @@ class Ledger:
             note = json.loads(line)
             match note["event"]:
                 case "sent":
-                    fields = {key: note[key] for key in Sent.__dataclass_fields__}
+                    fields = {key: note[key] for key in Sent.__dataclass_fields__ if key in note}
                     if note["ticket"] not in self._closed:
                         self.open[note["ticket"]] = Sent(**fields)
                 case "paid":
@@ -186,7 +190,8 @@ class Ledger:
             ) from error
 
     def _answer(self, note: dict[str, Any]) -> Paid:
-        paid = Paid(note["ticket"], note["job"], note["usd"], Reply(**note["reply"]))
+        reply = Reply(**note["reply"])
+        paid = Paid(note["ticket"], note["row"], note["job"], note["usd"], reply)
         self.answers.setdefault(note["key"], paid)
         self._charge(paid.ticket, paid.job, paid.usd)
         return paid
@@ -241,6 +246,12 @@ class Ledger:
                 if not done.done():
                     done.set_result(None)
             await asyncio.sleep(_PAUSE_S)
+
+    @property
+    def _writer(self) -> int:
+        if self._lease_number is None:
+            raise AssertionError("a ledger that was opened to be read is written")
+        return self._lease_number
 
     def _put(self, data: bytes) -> None:
         name = f"{self._writer:06d}-{self._written:08d}.jsonl"

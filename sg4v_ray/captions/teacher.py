@@ -40,7 +40,8 @@ _PERHAPS_PAID: Final = {502, 504}
 """A gateway lost its patience or its backend; what the backend had done by then is charged."""
 _ROW_AT_FAULT: Final = {400, 403, 413, 415, 422}
 """Some say 403 for one moderated image. When no image is answered, it was not the image's fault."""
-_NO_MONEY: Final = "insufficient_quota"
+NO_MONEY: Final = "insufficient_quota"
+"""What a 429 says of an account that is empty: waiting does not help."""
 _LONGEST_DETAIL: Final = 2000
 """Characters that are kept of what a provider says of an error."""
 
@@ -256,7 +257,7 @@ class Teacher:
             return _rejected(Reject.BAD_REQUEST, said, 0, 0, sound=True)
         if status in _PERHAPS_PAID:
             raise AnswerLost(said)
-        if (status in _BUSY or status >= 500) and not (status == 429 and _NO_MONEY in body):
+        if (status in _BUSY or status >= 500) and not (status == 429 and NO_MONEY in body):
             raise TurnedAway(said, retry_after_s(headers), is_busy=status in _BUSY)
         raise TeacherUnusable(
             f"{self._endpoint.base_url} answered {said}. Check the key, the account, the model "

@@ -17,7 +17,7 @@ from ray.util.metrics import Counter as MetricCounter
 
 from sg4v_ray.batch.loop_thread import LoopThread
 from sg4v_ray.batch.tally import Tally, keep_beating
-from sg4v_ray.captions.batches import Batches, BatchLimits
+from sg4v_ray.captions.batches import BatchCounts, Batches, BatchLimits
 from sg4v_ray.captions.charges import Ask
 from sg4v_ray.captions.desk import Desk
 from sg4v_ray.captions.ledger import Ledger, Lost, Paid
@@ -60,6 +60,7 @@ class DeskStatus:
     sent: int
     known: int
     outcomes: dict[str, int]
+    batches: BatchCounts
     lost: tuple[Lost, ...]
     """Of all runs of this artifact."""
 
@@ -83,13 +84,13 @@ class TeacherDesk:
         self._limits, self._root, self._writer, self._job = batch, ledger_root, writer, job
         self._metrics = Outcomes(job)
 
-    async def open(self) -> tuple[list[Lost], int]:
+    async def open(self) -> list[Lost]:
         """Open the ledger and close what earlier jobs left open.
 
         Here and not at construction, where Ray hides what is raised.
 
         Returns:
-            The requests that may be paid again, and how many batches are under way.
+            The requests that may be paid again.
 
         Raises:
             ArtifactCorrupt: the ledger is damaged.
@@ -102,7 +103,8 @@ class TeacherDesk:
         self._batches = Batches(self._desk, teacher, endpoint, self._limits)
         lost = await self._ledger.lose_what_was_on_its_way()
         self._desk.purse.spent_usd = self._ledger.spent_usd[self._job]
-        return lost, await self._batches.resume()
+        await self._batches.resume()
+        return lost
 
     def is_open(self) -> bool:
         """Say whether `open` has come to its end."""
@@ -147,6 +149,7 @@ class TeacherDesk:
             sent=counts.sent,
             known=counts.known,
             outcomes=dict(counts.outcomes),
+            batches=self._batches.counts(),
             lost=tuple(one for one in self._ledger.lost if one.job == job),
         )
 

@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from sg4v_ray.core.errors import ConfigError
 
 
+def digest(key: str, seed: int, purpose: str) -> bytes:
+    """Return 32 bytes that order ids by chance; for other purposes the order is independent."""
+    return hashlib.sha256(f"{purpose}/{seed}/{key}".encode()).digest()
+
+
 def draw(key: str, seed: int, purpose: str) -> float:
     """Return a number from 0 up to 1 for an id; draws for other purposes are independent."""
-    digest = hashlib.sha256(f"{purpose}/{seed}/{key}".encode()).digest()
-    return float(int.from_bytes(digest[:8], "big") >> 11) / 2**53  # all bits that a float has
+    first = int.from_bytes(digest(key, seed, purpose)[:8], "big")
+    return float(first >> 11) / 2**53  # all bits that a float has
 
 
 def sample(keys: Iterable[str], count: int, seed: int, purpose: str) -> list[str]:

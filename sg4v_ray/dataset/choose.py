@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.json_array import Element
+from sg4v_ray.core.sampling import digest
 from sg4v_ray.dataset.layout import SOURCES, source_of
 
 
@@ -35,7 +36,7 @@ class Candidate:
     """One record of the caption file, without its text."""
 
     order: bytes
-    """sha256 of seed and id; then of image and caption, for ids that repeat."""
+    """By chance, of seed and id; then of image and caption, for ids that repeat."""
     index: int
     id: str
     source: str
@@ -68,9 +69,9 @@ def candidate(element: Element, *, image: str, seed: int) -> Candidate:
         image: the record's image as the mix names it.
     """
     key, text = str(element.value["id"]), element.value["conversations"][1]["value"]
-    first = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    second = hashlib.sha256(f"{image}\n{text}".encode()).digest()
-    return Candidate(first + second[:8], element.index, key, source_of(image), image)
+    content = hashlib.sha256(f"{image}\n{text}".encode()).digest()
+    order = digest(key, seed, "mix") + content[:8]
+    return Candidate(order, element.index, key, source_of(image), image)
 
 
 def choose_equal(pool: Iterable[Candidate], removed: Sequence[Place]) -> Choice:

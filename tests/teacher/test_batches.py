@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 
-from sg4v_ray.captions.batches import BatchLimits
+from sg4v_ray.captions.batch_api import BatchApi
+from sg4v_ray.captions.batches import BatchCounts, BatchLimits
 from sg4v_ray.captions.ledger import Paid
-from sg4v_ray.core.errors import MoneySpent, TeacherUnusable
-from tests.teacher.desk_site import JOB, ask, endpoint, opened
+from sg4v_ray.core.errors import ContractError, MoneySpent, TeacherUnusable
+from tests.teacher.desk_site import KEY, ask, endpoint, opened
 from tests.teacher_server.config import BatchPlan, ServerConfig
 from tests.teacher_server.running import Running, serving
 
@@ -33,8 +35,9 @@ async def in_batches(root: Path, provider: Running, writer: int = 1, **changes: 
 
 
 async def online(root: Path, provider: Running, writer: int) -> list[Paid]:
-    """Ask all online; what is in the ledger is not sent."""
+    """Ask all online, as a job does once earlier batches have ended."""
     async with opened(root, endpoint(provider.url), writer=writer) as site:
+        await site.batches.finish()
         answers = await site.ask_all(ASKS)
         assert all(isinstance(one, Paid) for one in answers)
         return answers  # type: ignore[return-value]
@@ -114,7 +117,91 @@ def test_a_refused_batch_says_what_to_change(tmp_path: Path) -> None:
     with serving(ServerConfig(batch_plans=plans), tmp_path / "provider.jsonl") as provider:
         with pytest.raises(TeacherUnusable, match=r"mismatched_model.*--mode online"):
             asyncio.run(in_batches(tmp_path / "ledger", provider))
-        assert provider.billed_usd() == 0 or JOB
+        (failed,) = [one for one in provider.entries("batch") if one["status"] == "failed"]
+        lines = provider.entries("batch_line")
+        assert not [one for one in lines if one["batch"] == failed["batch"]]
+
+
+@pytest.mark.parametrize(
+    ("plan", "error"),
+    [
+        (BatchPlan(odd_line=True), ContractError),
+        (BatchPlan(partial=0.04, statuses=("401",)), TeacherUnusable),
+    ],
+)
+def test_one_bad_line_of_a_batch_file_costs_no_other_answer(
+    tmp_path: Path, plan: BatchPlan, error: type[Exception]
+) -> None:
+    with serving(ServerConfig(batch_plans=(plan,)), tmp_path / "provider.jsonl") as provider:
+        root = tmp_path / "ledger"
+        with pytest.raises(error):
+            asyncio.run(in_batches(root, provider))
+        asyncio.run(online(root, provider, 2))
+        in_a_batch = len(provider.entries("batch_line"))
+        assert len(provider.entries("request")) == 100 - in_a_batch + 1, "that of the bad line"
+
+
+def test_an_earlier_runs_batch_is_waited_for_before_anything_is_asked_online(
+    tmp_path: Path,
+) -> None:
+    config = ServerConfig(batch_in_progress_s=1.5)
+    with serving(config, tmp_path / "provider.jsonl") as provider:
+        root = tmp_path / "ledger"
+
+        async def killed() -> None:
+            async with opened(root, endpoint(provider.url), limits=LIMITS) as site:
+                for one in ASKS[:60]:
+                    await site.batches.add(one)
+
+        async def go_on() -> None:
+            async with opened(root, endpoint(provider.url), writer=2) as site:
+                assert site.batches.counts() == BatchCounts(requests=50, answered=0, batches=2)
+                await site.batches.finish()
+                assert site.batches.counts() == BatchCounts(requests=50, answered=50, batches=0)
+                await site.ask_all(ASKS)
+
+        asyncio.run(killed())
+        asyncio.run(go_on())
+        assert len(provider.entries("batch_line")) == len(provider.entries("request")) == 50
+
+
+def test_a_usage_that_is_too_small_is_charged_in_full(tmp_path: Path) -> None:
+    config = ServerConfig(faults={"usage_small": 1.0})
+    with serving(config, tmp_path / "provider.jsonl") as provider:
+        spent = asyncio.run(in_batches(tmp_path / "ledger", provider))
+        assert spent >= provider.billed_usd() > 0
+
+
+def test_an_empty_account_ends_a_job_at_once(tmp_path: Path) -> None:
+    plans = (BatchPlan(no_money=True),)
+    with (
+        serving(ServerConfig(batch_plans=plans), tmp_path / "provider.jsonl") as provider,
+        pytest.raises(TeacherUnusable, match="exceeded your current quota"),
+    ):
+        asyncio.run(in_batches(tmp_path / "ledger", provider))
+
+
+def test_what_a_killed_job_uploaded_and_never_used_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    async def dies(*_: object) -> str:
+        raise Killed
+
+    async def files(provider: Running) -> list[str]:
+        async with AsyncOpenAI(base_url=provider.url, api_key=KEY) as client:
+            return [one.id async for one in client.files.list()]
+
+    with serving(ServerConfig(), tmp_path / "provider.jsonl") as provider:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(BatchApi, "create", dies)
+            asyncio.run(in_batches(tmp_path / "ledger", provider))
+        assert len(asyncio.run(files(provider))) == 1
+        asyncio.run(in_batches(tmp_path / "ledger", provider, writer=2))
+        assert asyncio.run(files(provider)) == []
+        assert len(provider.entries("batch_line")) == 100
 
 
 def test_the_cap_holds_for_batches_too(tmp_path: Path) -> None:

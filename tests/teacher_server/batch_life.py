@@ -138,6 +138,8 @@ class Life:
         for kind in ("output", "error"):
             lines = batch.output if kind == "output" else batch.error_output
             if lines:
+                if kind == "output" and batch.plan.odd_line:
+                    lines[0] = lines[0][:40] + b"\n"
                 name = f"{batch.id}_{kind}.jsonl"
                 made = self._files.add(name, "batch_output", b"".join(lines))
                 setattr(batch, f"{kind}_file_id", made.id)

@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from tests.teacher_server.account import Account
-from tests.teacher_server.answers import ApiError
+from tests.teacher_server.answers import ApiError, error
 from tests.teacher_server.batch import UNDER_WAY, Batch
 from tests.teacher_server.batch_life import Life
 from tests.teacher_server.chat import hang_up
@@ -42,6 +42,9 @@ class Batches:
         fields = await _fields(request)
         data = self._files.find(fields["input_file_id"]).data
         number = len(self._batches)
+        if self._plan(number).no_money:
+            status, headers, body = error("429_quota", 0)
+            return web.json_response(body, status=status, headers=headers)
         batch = Batch(
             id=f"batch_{number:06d}",
             number=number,

@@ -54,6 +54,10 @@ class BatchPlan:
     """Results come in another order than the lines."""
     fail: str | None = None
     """Error code that validation fails with, e.g. `invalid_json_line`."""
+    odd_line: bool = False
+    """The first line of the results is cut off."""
+    no_money: bool = False
+    """Its creation is refused: the account is empty."""
     drop_create: bool = False
     """The batch is created, but the connection is closed before the answer."""
     in_progress_s: float | None = None

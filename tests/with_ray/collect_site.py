@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sg4v_ray.captions.collect import LOST
+from sg4v_ray.captions.session import LOST
 from sg4v_ray.core.artifact import Manifest, Ref, find
 from sg4v_ray.core.records import ImageRow, TeacherCaptionRow
 from sg4v_ray.core.rows import ROWS, put_rows, read_rows
@@ -24,7 +24,7 @@ FLAGS = (
     "folder",
     "--config.teacher.max-tokens=512",
     f"--endpoint.api-key-env={KEY_VARIABLE}",
-    "--endpoint.timeout-s=4",
+    "--endpoint.timeout-s=12",
     "--endpoint.limits.requests-per-min=None",
     "--endpoint.limits.tokens-per-min=None",
     "--endpoint.limits.in-flight=64",

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything on s3://: images, index, captioner, captions, leases, notes of finished rows."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from jobs import _steps
 from sg4v_ray.core.artifact import is_finished
@@ -26,30 +22,8 @@ BUCKET = "s3://sg4v-test"
 NUM_IMAGES = 120
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """A local S3 with one bucket, and the environment that leads to it."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket=BUCKET.removeprefix("s3://"))
-    yield environment
-    server.stop()
-
-
 def test_a_killed_job_on_an_object_store_resumes_and_commits(
-    bucket: dict[str, str], tmp_path: Path, tiny_model: Path
+    s3: dict[str, str], tmp_path: Path, tiny_model: Path
 ) -> None:
     for number in range(NUM_IMAGES):
         shapes.draw(number).save(tmp_path / f"{number:03d}.png")
@@ -59,7 +33,7 @@ def test_a_killed_job_on_an_object_store_resumes_and_commits(
     _steps.index_images(IndexStep(config=IndexConfig(sources=(source,)), out=TEST_IMAGES), where)
     model = where.storage.upload(tiny_model, f"{CAPTIONER.path}/model")
     finish(where.storage, CAPTIONER, digests=model)
-    site = Site(where.storage, NUM_IMAGES, tmp_path, bucket)
+    site = Site(where.storage, NUM_IMAGES, tmp_path, s3)
     killed = site.drive()
     killed.until(lambda: site.committed() > 0)
     killed.kill()

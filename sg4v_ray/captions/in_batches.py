@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch mode of a collection: every image goes to the desk's batches, and all are waited for.
+
+How far they are is shown by a bar, and by `status.json` beside the rows.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, Final, Never
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+from tqdm import tqdm
+
+from sg4v_ray.batch.plan import Flow
+from sg4v_ray.batch.room import LIGHT_CPUS, check_cluster
+from sg4v_ray.batch.stage import Stage
+from sg4v_ray.batch.watch import STATUS, Status
+from sg4v_ray.captions.session import DeskHandle, get
+from sg4v_ray.captions.teacher_actor import COLUMNS, DeskStatus
+from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.rows import read_columns
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.where import Where
+
+_log = logging.getLogger(__name__)
+
+_LOOK_S: Final = 5.0
+"""How often the desk is asked how far its batches are."""
+_NO_REJECTS: Final = ("caption", "lost", "turned_away")
+
+
+class BatchProgress:
+    """The progress of one run while it waits for batches."""
+
+    def __init__(self, home: Storage, *, name: str, total: int, show: bool) -> None:
+        """Begin a bar.
+
+        Args:
+            home: the artifact's folder.
+            total: requests that are waited for.
+        """
+        self._home, self._total = home, total
+        self._first: tuple[float, int] | None = None
+        self._bar: tqdm[Never] = tqdm(
+            total=total,
+            desc=f"{name} in batches",
+            unit="row",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=not show,
+        )
+
+    def tell(self, desk: DeskStatus) -> None:
+        """Show and write what a desk says now."""
+        now = time.monotonic()
+        self._first = self._first or (now, desk.batches.answered)
+        status = self.status(desk, now)
+        self._bar.set_postfix_str(
+            f"{desk.batches.batches} batches under way, ${desk.spent_usd:.2f} so far", refresh=False
+        )
+        self._bar.n = status.done
+        self._bar.refresh()
+        self._home.put(STATUS, (json.dumps(asdict(status), indent=1) + "\n").encode())
+
+    def status(self, desk: DeskStatus, now: float) -> Status:
+        """Return what is known now; rates are of this run so far."""
+        since, before = self._first or (now, desk.batches.answered)
+        done = min(desk.batches.answered, self._total)
+        rate = (done - before) / (now - since) if now > since else 0.0
+        rejected = {name: count for name, count in desk.outcomes.items() if name not in _NO_REJECTS}
+        paid = desk.spent_usd
+        return Status(
+            state="in batches",
+            updated=datetime.now(UTC).isoformat(timespec="seconds"),
+            done=done,
+            total=self._total,
+            rejected=dict(sorted(rejected.items())),
+            rows_per_s=round(rate, 2),
+            tokens_per_s=0.0,
+            eta_s=round((self._total - done) / rate, 1) if rate > 0 else None,
+            actors=0,
+            ready_actors=0,
+            queue=desk.batches.requests - done,
+            engine_busy_rate=0.0,
+            usd_so_far=round(paid, 4),
+            usd_expected=None,
+        )
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
+
+
+def ask_in_batches(
+    stage: Stage,
+    prepare: Callable[[pa.Table], pa.Table],
+    *,
+    desk: DeskHandle,
+    where: Where,
+    flow: Flow,
+) -> None:
+    """Bring every image to the desk's batches; their answers are then in the ledger."""
+    check_cluster(where)
+    filesystem, path = stage.index.arrow()
+    total = len(read_columns(stage.index, ["id"]))
+    rows = ray.data.read_parquet(path, filesystem=filesystem, num_cpus=LIGHT_CPUS)
+    rows = rows.repartition(target_num_rows_per_block=flow.rows_per_block).map_batches(
+        prepare,
+        batch_size=flow.batch_size,
+        batch_format="pyarrow",
+        num_cpus=where.decode_cpus,
+    )
+    with _progress(stage.out, desk, where, total) as wait:
+        for table in rows.iter_batches(batch_size=flow.batch_size, batch_format="pyarrow"):
+            good = table.filter(pc.is_valid(table["image"])).select(COLUMNS)
+            wait(desk.put_into_batches.remote(good.to_pylist(), 1))
+        wait(desk.finish_batches.remote())
+
+
+def wait_for_earlier_batches(out: Ref, desk: DeskHandle, where: Where) -> None:
+    """Wait for batches of an earlier run: their images would be asked, and paid, a second time."""
+    under_way = get(desk.status.remote()).batches
+    if under_way.batches:
+        _log.warning("waiting for %d batches of an earlier run", under_way.batches)
+        with _progress(out, desk, where, under_way.requests) as wait:
+            wait(desk.finish_batches.remote())
+
+
+@contextmanager
+def _progress(
+    out: Ref, desk: DeskHandle, where: Where, total: int
+) -> Iterator[Callable[["ray.ObjectRef[Any]"], None]]:
+    """Yield what waits for a call at the desk and shows meanwhile how far its batches are."""
+    home = where.storage.sub(out.path)
+    shown = BatchProgress(home, name=str(out), total=total, show=where.progress)
+    told_s = -_LOOK_S
+
+    def wait(answer: "ray.ObjectRef[Any]") -> None:
+        nonlocal told_s
+        while True:
+            there, _ = ray.wait([answer], timeout=_LOOK_S)
+            if time.monotonic() - told_s >= _LOOK_S:
+                shown.tell(get(desk.status.remote()))
+                told_s = time.monotonic()
+            if there:
+                break
+        get(answer)
+
+    try:
+        yield wait
+        shown.tell(get(desk.status.remote()))
+    finally:
+        shown.close()
