@@ -47,10 +47,15 @@ class CollectSite:
     logs: Path
     num_images: int
 
-    def drive(self, *flags: str, environment: dict[str, str] | None = None) -> Driver:
-        """Start the collection as its users do."""
+    def drive(
+        self,
+        *flags: str,
+        job: str = "jobs.collect_captions",
+        environment: dict[str, str] | None = None,
+    ) -> Driver:
+        """Start the collection, or another job at it, as its users do."""
         argv = [
-            *(sys.executable, "-m", "jobs.collect_captions", *FLAGS),
+            *(sys.executable, "-m", job, *FLAGS),
             f"--where.root={self.storage.root}",
             f"--endpoint.base-url={self.provider.url}",
             *flags,
