@@ -62,24 +62,24 @@ def write_report(
     return figures
 
 
-def items_of(rows: Iterable[CaptionRow]) -> Iterator[GalleryItem]:
-    """Yield what a gallery shows of rows; images are read again and made small."""
+def items_of(rows: Iterable[CaptionRow], *, side: int = _THUMBNAIL) -> Iterator[GalleryItem]:
+    """Yield what a gallery shows of rows; images are read again and scaled to a longest side."""
     for row in rows:
         yield GalleryItem(
             id=row.id,
-            image=_thumbnail(row.uri),
+            image=_thumbnail(row.uri, side),
             text=row.text,
             reject=row.reject,
             detail=row.reject_detail,
         )
 
 
-def _thumbnail(uri: str) -> bytes | None:
+def _thumbnail(uri: str, side: int) -> bytes | None:
     """Return a PNG of an image, or None where there is none to show."""
     image = load_image(uri, limits=ImageLimits())
     if not isinstance(image, Image.Image):
         return None
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BICUBIC)
+    image.thumbnail((side, side), Image.Resampling.BICUBIC)
     out = BytesIO()
     image.save(out, "PNG", optimize=True)
     return out.getvalue()

@@ -23,7 +23,11 @@ from sg4v_ray.core.where import Where
 
 PAGE: Final = "review.html"
 IDS: Final = "review.json"
+_SIDE: Final = 384
+"""Longest side in pixels of an image: what a caption says of it has to be seen."""
 _STYLE: Final = """
+.wall { grid-template-columns: repeat(auto-fill, minmax(min(100%, 42rem), 1fr)); }
+article { grid-template-columns: minmax(8rem, 20rem) minmax(0, 1fr); } .picture { width: 100%; }
 table { border-collapse: collapse; margin: 0 0 1rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid var(--line); }
 th { text-align: left; font-weight: 600; } td + td { text-align: right; }
@@ -54,7 +58,8 @@ def write_review(
     rows: list[TeacherCaptionRow] = read_rows(storage, captions, TeacherCaptionRow)
     chosen = hold_out.of((row.id, row.source) for row in rows)
     shown = sorted((row for row in rows if row.id in chosen), key=lambda row: (row.source, row.id))
-    items = (_item(item, row, flag) for item, row in zip(items_of(shown), shown, strict=True))
+    large = items_of(shown, side=_SIDE)
+    items = (_item(item, row, flag) for item, row in zip(large, shown, strict=True))
     figures = {source: _figures(rows, source) for source in sorted({row.source for row in rows})}
     page = render_gallery(
         title=f"{captions}: {len(shown)} captions to read",

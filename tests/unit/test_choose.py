@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teacher's images are drawn by source and seed; who has too few is said."""
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 
 from sg4v_ray.captions.choose import SampleConfig, Share, choose
 from sg4v_ray.captions.collect import CollectConfig
-from sg4v_ray.captions.estimate import estimate, table
-from sg4v_ray.captions.teacher import Endpoint, TeacherConfig
+from sg4v_ray.captions.estimate import SourceEstimate, estimate, table
+from sg4v_ray.captions.ledger import Ledger, Sent
+from sg4v_ray.captions.session import LEDGER
+from sg4v_ray.captions.teacher import Endpoint, Reply, TeacherConfig
 from sg4v_ray.core.artifact import Ref, begin, commit
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.lease import hold
@@ -25,6 +28,7 @@ from tests.teacher.desk_site import picture
 
 pytestmark = pytest.mark.teacher
 
+IMAGES, OUT = Ref(name="images"), Ref(name="teacher-captions")
 OBJECTS, ART = "objects-2026-11", "artwork-2026-11"
 
 
@@ -116,21 +120,26 @@ def test_what_is_held_out_is_so_many_of_each_source() -> None:
     assert held == HoldOut(per_source=7, seed=3).of(reversed(rows))
 
 
-def test_an_estimate_says_images_tokens_dollars_and_hours_by_source(tmp_path: Path) -> None:
-    where, images = Where(root=str(tmp_path / "root")), Ref(name="images")
+@pytest.fixture
+def where(tmp_path: Path) -> Where:
+    where = Where(root=str(tmp_path / "root"))
     rows = []
     for number in range(30):
         file = tmp_path / f"{number}.jpg"
         file.write_bytes(picture(number, size=(600, 600)))
         source = "coco" if number < 20 else "wikiart"
         rows.append(ImageRow(id=str(number), source=source, uri=str(file), size_bytes=1))
-    home = begin(where.storage, images, {})
+    home = begin(where.storage, IMAGES, {})
     put_rows(home, f"{ROWS}/part-0.parquet", ImageRow, rows)
     with hold(home) as lease:
         commit(
-            where.storage, images, config={}, inputs={}, counts={}, attempts=(ROWS,), lease=lease
+            where.storage, IMAGES, config={}, inputs={}, counts={}, attempts=(ROWS,), lease=lease
         )
-    found = estimate(
+    return where
+
+
+def estimated(where: Where) -> list[SourceEstimate]:
+    return estimate(
         CollectConfig(
             sample=config(COCO, Share(source="wikiart", prompt=ART)),
             teacher=TeacherConfig(model="gpt-4o", max_tokens=1024),
@@ -140,9 +149,14 @@ def test_an_estimate_says_images_tokens_dollars_and_hours_by_source(tmp_path: Pa
             prices=PriceTable(input_usd_per_mtok=2.5, output_usd_per_mtok=10.0),
             limits=Limits(requests_per_min=10),
         ),
-        images=images,
+        images=IMAGES,
+        out=OUT,
         where=where,
     )
+
+
+def test_an_estimate_says_images_tokens_dollars_and_hours_by_source(where: Where) -> None:
+    found = estimated(where)
     coco, art, both = found
     assert (coco.images, coco.wanted, art.images, both.images) == (20, 50, 10, 30)
     assert coco.completion_tokens == 20 * 214, "942 characters"
@@ -152,3 +166,27 @@ def test_an_estimate_says_images_tokens_dollars_and_hours_by_source(tmp_path: Pa
     assert both.usd == pytest.approx(coco.usd + art.usd)
     assert both.hours == pytest.approx(3 / 60)
     assert "20 of 50" in table(found)
+
+
+def test_an_estimate_leaves_out_what_an_earlier_run_has_an_answer_for(where: Where) -> None:
+    reply = Reply(
+        text="A dog.",
+        reject=None,
+        detail=None,
+        finish_reason="stop",
+        prompt_tokens=900,
+        completion_tokens=3,
+        usage_is_sound=True,
+    )
+
+    async def earlier_run() -> None:
+        ledger = Ledger(where.storage.sub(LEDGER), writer=1)
+        for row, job in (("0", str(OUT)), ("1", str(OUT)), ("2", "others@v1")):
+            await ledger.sent(Sent(f"ticket-{row}", f"key-{row}", row, job, 0.01))
+            await ledger.paid(f"ticket-{row}", 0.01, reply)
+
+    before = estimated(where)[0]
+    asyncio.run(earlier_run())
+    after = estimated(where)[0]
+    assert (after.images, after.answered) == (20, 2)
+    assert after.usd == pytest.approx(before.usd * 18 / 20, rel=0.01)

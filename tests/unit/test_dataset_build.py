@@ -11,7 +11,6 @@ from sg4v_ray.core.errors import ArtifactMissing, ConfigError, ContractError
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import CaptionRow, Question, Sample, from_table
 from sg4v_ray.core.rows import ROWS, put_rows
-from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart, QuestionsPart, run, shrink
 
@@ -70,18 +69,6 @@ def test_captions_become_conversations_and_rejects_are_counted(where: Where) -> 
     assert manifest.counts["samples"] == 3
     assert manifest.counts["left_out_truncated"] == 1
     assert "truncated | 1" in where.storage.get(f"{OUT.path}/README.md").decode()
-
-
-def test_what_people_read_is_not_trained_on(where: Where) -> None:
-    hold_out = HoldOut(per_source=1, seed=3)
-    (read,) = hold_out.of((key, "coco") for key in "abcd")
-    run(
-        BuildConfig(parts=(CaptionsPart(captions=CAPTIONS, hold_out=hold_out),), seed=1),
-        out=OUT,
-        where=where,
-    )
-    assert read in "acd", "b has no caption anyway"
-    assert {one.id for one in built(where)} == set("acd") - {read}
 
 
 def test_all_questions_of_an_image_are_one_conversation(where: Where) -> None:
