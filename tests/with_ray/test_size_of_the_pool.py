@@ -42,6 +42,7 @@ def where(site: Site, **changes: Any) -> Where:
     return Where(root=site.storage.root, engine_cpus=0.5, progress=False, **changes)
 
 
+@pytest.mark.scale
 def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
     tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,6 +66,7 @@ def exported() -> set[str]:
     return {line.partition("{")[0] for line in found.text.splitlines() if "ray_sg4v_" in line[:9]}
 
 
+@pytest.mark.scale
 def test_a_job_that_is_late_takes_what_there_is_and_says_so_and_prometheus_has_its_metrics(
     tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

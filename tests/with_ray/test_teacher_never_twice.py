@@ -31,7 +31,7 @@ def sent(provider: Running) -> int:
 
 
 @pytest.mark.parametrize(
-    ("kills", "num_images"), [(1, 200), pytest.param(5, 2000, marks=pytest.mark.soak)]
+    ("kills", "num_images"), [(1, 120), pytest.param(5, 2000, marks=pytest.mark.soak)]
 )
 def test_a_job_that_is_killed_pays_nothing_twice_but_what_was_on_its_way(
     tmp_path: Path, kills: int, num_images: int
