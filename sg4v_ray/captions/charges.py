@@ -84,12 +84,13 @@ class Charges:
         """
         told = self._prices.usd(reply.prompt_tokens, reply.completion_tokens, in_batch=in_batch)
         if not reply.usage_is_sound or reply.prompt_tokens < least_prompt:
-            self._warn_once(
-                "usage",
-                f"a usage of {reply.prompt_tokens} and {reply.completion_tokens} tokens is not "
-                "believed and charged in full; if the provider counts images otherwise, give "
-                "--endpoint.prices.image.base and .per-tile",
-            )
+            if usd:  # else nothing is charged
+                self._warn_once(
+                    "usage",
+                    f"a usage of {reply.prompt_tokens} and {reply.completion_tokens} tokens is not "
+                    "believed and charged in full; if the provider counts images otherwise, give "
+                    "--endpoint.prices.image.base and .per-tile",
+                )
             return max(usd, told)
         if told > usd:
             self._dearer *= told / usd

@@ -111,7 +111,9 @@ def _image_tokens(rows: pa.Table, config: CollectConfig, endpoint: Endpoint) -> 
     """Return the mean tokens of an image; the most possible where none of the sample opens."""
     sent, price = config.teacher.image, endpoint.prices.image
     looked_at = sample(rows["id"].to_pylist(), _LOOKED_AT, config.sample.seed, "estimate")
-    uris = rows.filter(pc.is_in(rows["id"], value_set=pa.array(looked_at)))["uri"].to_pylist()
+    uris = rows.filter(pc.is_in(rows["id"], value_set=pa.array(looked_at, pa.string())))[
+        "uri"
+    ].to_pylist()
     tokens = []
     for data in read_images(uris, limits=config.images, fetch=config.fetch):
         image = data if isinstance(data, Rejected) else open_image(data, config.images)

@@ -168,7 +168,8 @@ def test_an_estimate_says_images_tokens_dollars_and_hours_by_source(where: Where
     assert "20 of 50" in table(found)
 
 
-def test_an_estimate_leaves_out_what_an_earlier_run_has_an_answer_for(where: Where) -> None:
+async def earlier_run(where: Where, *answered: tuple[str, str]) -> None:
+    """Note an answer for each row of a job."""
     reply = Reply(
         text="A dog.",
         reject=None,
@@ -178,15 +179,22 @@ def test_an_estimate_leaves_out_what_an_earlier_run_has_an_answer_for(where: Whe
         completion_tokens=3,
         usage_is_sound=True,
     )
+    ledger = Ledger(where.storage.sub(LEDGER), writer=1)
+    await ledger.sent_together(
+        [Sent(f"ticket-{row}", f"key-{row}", row, job, 0.01) for row, job in answered]
+    )
+    await asyncio.gather(*(ledger.paid(f"ticket-{row}", 0.01, reply) for row, _ in answered))
 
-    async def earlier_run() -> None:
-        ledger = Ledger(where.storage.sub(LEDGER), writer=1)
-        for row, job in (("0", str(OUT)), ("1", str(OUT)), ("2", "others@v1")):
-            await ledger.sent(Sent(f"ticket-{row}", f"key-{row}", row, job, 0.01))
-            await ledger.paid(f"ticket-{row}", 0.01, reply)
 
+def test_an_estimate_leaves_out_what_an_earlier_run_has_an_answer_for(where: Where) -> None:
     before = estimated(where)[0]
-    asyncio.run(earlier_run())
+    asyncio.run(earlier_run(where, ("0", str(OUT)), ("1", str(OUT)), ("2", "others@v1")))
     after = estimated(where)[0]
     assert (after.images, after.answered) == (20, 2)
     assert after.usd == pytest.approx(before.usd * 18 / 20, rel=0.01)
+
+
+def test_an_estimate_of_what_is_answered_already_is_nothing(where: Where) -> None:
+    asyncio.run(earlier_run(where, *((str(n), str(OUT)) for n in range(30))))
+    *_, both = estimated(where)
+    assert (both.images, both.answered, both.usd) == (30, 30, 0.0)
