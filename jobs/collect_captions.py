@@ -37,7 +37,7 @@ def run() -> None:
     job, where = parse(__doc__, _pick, sys.argv[1:])
     step = job.collect
     if job.dry_run:
-        parts = estimate(step.config, step.endpoint, images=step.images, out=step.out, where=where)
+        parts = estimate(step.config, step.endpoint, images=step.images, where=where)
         print(table(parts))
         return
     with ray_session():

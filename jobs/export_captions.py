@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from jobs._cli import main, parse
 from sg4v_ray.captions.export import export
 from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.recipes.line import Line
 
 
@@ -23,6 +24,8 @@ class ExportStep:
     """File below the captions' artifact."""
     seed: int = 0
     """Chooses the question that stands before each caption."""
+    hold_out: HoldOut = HoldOut()
+    """Give what `review_captions` had, and what people read of a teacher is left out."""
 
 
 def _pick(line: Line) -> ExportStep | None:
@@ -32,7 +35,9 @@ def _pick(line: Line) -> ExportStep | None:
 def run() -> None:
     """Run the job with the flags of this process."""
     step, where = parse(__doc__, _pick, sys.argv[1:])
-    count = export(captions=step.captions, to=step.to, seed=step.seed, where=where)
+    count = export(
+        captions=step.captions, to=step.to, seed=step.seed, hold_out=step.hold_out, where=where
+    )
     print(f"{count} records: {where.storage.uri(f'{step.captions.path}/{step.to}')}")
 
 

@@ -12,6 +12,8 @@ from sg4v_ray.analysis.review import PAGE, write_review
 from sg4v_ray.captions.prompts import prompt
 from sg4v_ray.captions.quality import QualityConfig, judge
 from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.fetch import FetchConfig
+from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.recipes.line import Line
 
@@ -21,6 +23,8 @@ class ReviewStep:
     """Which captions people read."""
 
     captions: Ref
+    images: ImageLimits
+    fetch: FetchConfig
     hold_out: HoldOut = HoldOut(per_source=20, seed=0)
     """Give a dataset's captions part the same hold_out, and none of these is trained on."""
     strict: QualityConfig = QualityConfig(min_words=40, max_phrase_repeats=1, language="en")
@@ -28,7 +32,10 @@ class ReviewStep:
 
 
 def _pick(line: Line) -> ReviewStep | None:
-    return None if line.collect is None else ReviewStep(captions=line.collect.out)
+    if line.collect is None:
+        return None
+    config = line.collect.config
+    return ReviewStep(captions=line.collect.out, images=config.images, fetch=config.fetch)
 
 
 def run() -> None:
@@ -44,6 +51,8 @@ def run() -> None:
         hold_out=step.hold_out,
         prompts=lambda name: prompt(name).text,
         flag=flag,
+        limits=step.images,
+        fetch=step.fetch,
         where=where,
     )
     for source, row in figures.items():

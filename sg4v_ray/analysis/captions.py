@@ -15,13 +15,15 @@ from PIL import Image
 
 from sg4v_ray.analysis.easy_vqa import agreement, official
 from sg4v_ray.analysis.gallery import GalleryItem, write_gallery
-from sg4v_ray.batch.pixels import load_image
+from sg4v_ray.batch.pixels import read_images
 from sg4v_ray.core.artifact import Ref, find
-from sg4v_ray.core.images import ImageLimits
+from sg4v_ray.core.fetch import FetchConfig
+from sg4v_ray.core.images import ImageLimits, Rejected, open_image
 from sg4v_ray.core.records import CaptionRow, Question
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.where import Where
 
+_LIMITS, _FETCH = ImageLimits(), FetchConfig()
 _THUMBNAIL = 256
 """Longest side in pixels of an image in the gallery."""
 
@@ -62,21 +64,33 @@ def write_report(
     return figures
 
 
-def items_of(rows: Iterable[CaptionRow], *, side: int = _THUMBNAIL) -> Iterator[GalleryItem]:
-    """Yield what a gallery shows of rows; images are read again and scaled to a longest side."""
+def items_of(
+    rows: Iterable[CaptionRow],
+    *,
+    side: int = _THUMBNAIL,
+    limits: ImageLimits = _LIMITS,
+    fetch: FetchConfig = _FETCH,
+) -> Iterator[GalleryItem]:
+    """Yield what a gallery shows of rows; images are read again.
+
+    Args:
+        side: their longest side in pixels.
+        limits, fetch: as those with which they were read before.
+    """
     for row in rows:
+        (data,) = read_images([row.uri], limits=limits, fetch=fetch)
         yield GalleryItem(
             id=row.id,
-            image=_thumbnail(row.uri, side),
+            image=None if isinstance(data, Rejected) else _thumbnail(data, side, limits),
             text=row.text,
             reject=row.reject,
             detail=row.reject_detail,
         )
 
 
-def _thumbnail(uri: str, side: int) -> bytes | None:
+def _thumbnail(data: bytes, side: int, limits: ImageLimits) -> bytes | None:
     """Return a PNG of an image, or None where there is none to show."""
-    image = load_image(uri, limits=ImageLimits())
+    image = open_image(data, limits)
     if not isinstance(image, Image.Image):
         return None
     image.thumbnail((side, side), Image.Resampling.BICUBIC)

@@ -7,6 +7,7 @@ What is shown is a hold-out: the same ids that a dataset with the same `HoldOut`
 """
 
 import json
+import logging
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +16,15 @@ from typing import Any, Final
 from sg4v_ray.analysis.captions import items_of
 from sg4v_ray.analysis.gallery import GalleryItem, render_gallery
 from sg4v_ray.core.artifact import Ref, find
+from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.html import Markup, element
+from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import TeacherCaptionRow
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.core.where import Where
+
+_log = logging.getLogger(__name__)
 
 PAGE: Final = "review.html"
 IDS: Final = "review.json"
@@ -42,6 +47,8 @@ def write_review(
     hold_out: HoldOut,
     prompts: Callable[[str], str],
     flag: Callable[[str, str], str | None],
+    limits: ImageLimits,
+    fetch: FetchConfig,
     where: Where,
 ) -> dict[str, Any]:
     """Write the page and the ids that it shows beside the rows; return the figures by source.
@@ -49,6 +56,7 @@ def write_review(
     Args:
         prompts: gives the text of a prompt by its name.
         flag: says what may be wrong with a caption, given its text and the prompt's name.
+        limits, fetch: how the images are read, as in the collection.
 
     Raises:
         ArtifactMissing: the captions are not finished.
@@ -58,8 +66,10 @@ def write_review(
     rows: list[TeacherCaptionRow] = read_rows(storage, captions, TeacherCaptionRow)
     chosen = hold_out.of((row.id, row.source) for row in rows)
     shown = sorted((row for row in rows if row.id in chosen), key=lambda row: (row.source, row.id))
-    large = items_of(shown, side=_SIDE)
-    items = (_item(item, row, flag) for item, row in zip(large, shown, strict=True))
+    large = items_of(shown, side=_SIDE, limits=limits, fetch=fetch)
+    items = [_item(item, row, flag) for item, row in zip(large, shown, strict=True)]
+    if lacking := sum(item.image is None for item in items):
+        _log.warning("%d of %d images cannot be shown: they cannot be read", lacking, len(items))
     figures = {source: _figures(rows, source) for source in sorted({row.source for row in rows})}
     page = render_gallery(
         title=f"{captions}: {len(shown)} captions to read",

@@ -316,30 +316,41 @@ def _refuse_unprotected(rows: "ray.data.Dataset") -> None:
 
 
 @contextmanager
+def plain_data() -> Iterator[None]:
+    """Keep Ray Data quiet (our bars count rows) and its errors whole, for datasets made inside."""
+    with _set(
+        enable_progress_bars=False,
+        raise_original_map_exception=True,
+        # The newer reader starts up to 32 actors to look at Parquet footers: a minute on two
+        # cores, and our indexes are a few small files.
+        use_datasource_v2=False,
+    ):
+        yield
+
+
+@contextmanager
 def _protected(checkpoint: Storage) -> Iterator[None]:
-    """Set Ray's checkpoint, and quiet bars (ours counts rows), for the datasets made inside."""
-    context = DataContext.get_current()
-    names = (
-        "checkpoint_config",
-        "enable_progress_bars",
-        "use_datasource_v2",
-        "raise_original_map_exception",
-    )
-    before = {name: getattr(context, name) for name in names}
+    """Set Ray's checkpoint for the datasets made inside."""
     filesystem, path = checkpoint.arrow()
-    context.checkpoint_config = CheckpointConfig(
+    config = CheckpointConfig(
         id_column="id",
         checkpoint_path=path,
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
         checkpoint_manager_cls=_PendingBlocks,
     )
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
-    # The newer reader starts up to 32 actors to look at Parquet footers: a minute on two cores,
-    # and our indexes are a few small files.
-    context.use_datasource_v2 = False
+    with plain_data(), _set(checkpoint_config=config):
+        yield
+
+
+@contextmanager
+def _set(**wanted: Any) -> Iterator[None]:
+    """Set fields of Ray Data's context, and put them back."""
+    context = DataContext.get_current()
+    before = {name: getattr(context, name) for name in wanted}
     try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
         yield
     finally:
         for name, value in before.items():

@@ -4,6 +4,7 @@
 import asyncio
 import json
 import logging
+from dataclasses import dataclass
 from typing import Final
 
 from sg4v_ray.captions.desk import Desk
@@ -18,12 +19,22 @@ _AT_ONCE: Final = 500
 """Answers that are noted together."""
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a file of a batch held."""
+
+    answered: int
+    """Lines that were billed."""
+    odd: list[Sg4vError]
+    """What the job is to end with, once everything is noted."""
+
+
 class BatchAnswers:
     """Settles the requests of one desk's batches; for its event loop."""
 
     def __init__(self, desk: Desk, teacher: Teacher) -> None:
         self._desk, self._teacher, self._ledger = desk, teacher, desk.ledger
-        self._taken: set[str] = set()
+        self._settled: set[str] = set()
         self.keys: set[str] = set()
         """Asks that are in a batch, or in the file of the next one."""
 
@@ -31,79 +42,83 @@ class BatchAnswers:
         """Return the requests of a batch that are not settled."""
         return [one for one in self._ledger.open.values() if one.batch == name]
 
-    async def take(self, name: str, lines: list[str]) -> list[Sg4vError]:
-        """Note the answers of a file; return what its odd lines would end the job with."""
-        odd: list[Sg4vError] = []
+    async def take(self, name: str, lines: list[str]) -> Taken:
+        """Note the answers of a file, and free what it says was never answered."""
+        found: list[Sg4vError | bool] = []
         for start in range(0, len(lines), _AT_ONCE):
             piece = (self._take_line(name, line) for line in lines[start : start + _AT_ONCE])
-            odd += [one for one in await asyncio.gather(*piece) if one is not None]
-        return odd
+            found += await asyncio.gather(*piece)
+        odd = [one for one in found if isinstance(one, Sg4vError)]
+        return Taken(answered=sum(one is True for one in found), odd=odd)
 
-    async def _take_line(self, name: str, line: str) -> Sg4vError | None:
-        """Note one answer; a line that says none leaves its request to be freed with the batch."""
+    async def _take_line(self, name: str, line: str) -> Sg4vError | bool:
+        """Note one answer; say whether it is one that was billed, or what is odd about it."""
         try:
             answer = json.loads(line)
             ticket = answer["custom_id"]
             response = answer.get("response") or {}
             status, body = response.get("status_code"), json.dumps(response.get("body"))
             note = self._ledger.open.get(ticket)
+            if not isinstance(status, int | None):
+                raise TypeError(f"status_code {status!r}")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             return ContractError(
-                self._teacher.clean(
-                    f"the provider's batch file has an odd line ({error!r}): {line[:200]}. The "
-                    "other answers are kept; run again, its image is asked anew"
-                )
+                f"the provider's batch file has an odd line ({error!r}): "
+                f"{self._teacher.clean(line)[:200]}. The other answers are kept, its request is "
+                "charged in full; run again, its image is asked anew"
             )
-        if note is None or note.batch != name or ticket in self._taken:
-            return None  # another run, or another line, has noted it already
+        billed = status == 200
+        if note is None or note.batch != name or ticket in self._settled:
+            return billed  # another run, or another line, has noted it already
+        self._settled.add(ticket)
         try:
             if status is None:  # expired, cancelled: never answered
-                return None
+                raise TurnedAway("not answered in time")
             reply = (
                 self._teacher.reply(body)
-                if status == 200
+                if billed
                 else self._teacher.status_error(status, {}, body)
             )
         except TurnedAway:
-            return None
+            await self._free_one(note)
         except TeacherUnusable as error:
+            await self._free_one(note)
             return error
         except AnswerLost as error:
-            self._taken.add(ticket)
             await self._lose_one(note, str(error))
-            return None
-        self._desk.counts.outcomes[reply.reject or "caption"] += 1
-        if reply.reject != Reject.BAD_REQUEST:
-            self._taken.add(ticket)
-            await self._keep(note, reply)
-        return None
+        else:
+            self._desk.counts.outcomes[reply.reject or "caption"] += 1
+            if reply.reject == Reject.BAD_REQUEST:
+                await self._free_one(note)
+            else:
+                await self._keep(note, reply)
+        return billed
+
+    async def _keep(self, note: Sent, reply: Reply) -> None:
+        spent = self._desk.charges.cost(reply, note, in_batch=True)
+        await self._ledger.paid(note.ticket, spent, reply)
+        self._settle(note, spent)
 
     async def _lose_one(self, note: Sent, why: str) -> None:
         self._desk.counts.outcomes["lost"] += 1
         await self._ledger.lose(note.ticket, why)
-        self._desk.purse.settle(note.usd, note.usd)
+        self._settle(note, note.usd)
 
-    async def _keep(self, note: Sent, reply: Reply) -> None:
-        least = note.least_prompt_tokens
-        spent = self._desk.charges.cost(reply, note.usd, least_prompt=least, in_batch=True)
-        await self._ledger.paid(note.ticket, spent, reply)
-        self._desk.purse.settle(note.usd, spent)
+    async def _free_one(self, note: Sent) -> None:
+        await self._ledger.free(note.ticket)
+        self._settle(note, 0.0)
+        self.keys.discard(note.key)
+
+    def _settle(self, note: Sent, usd: float) -> None:
+        held = note.usd if note.key in self.keys else 0.0
+        self._desk.purse.settle(held, usd)
 
     async def free(self, name: str) -> None:
         """Close the requests of a batch that were not answered: nothing is charged for them."""
-        left = self.of(name)
-        await asyncio.gather(*(self._ledger.free(one.ticket) for one in left))
-        for one in left:
-            if one.key in self.keys:
-                self.keys.discard(one.key)
-                self._desk.purse.settle(one.usd, 0.0)
+        await asyncio.gather(*map(self._free_one, self.of(name)))
 
     async def lose(self, name: str, why: str) -> None:
-        """Give up a batch that nobody can read any more: the most is charged, and listed."""
-        left = self.of(name)
-        _log.warning("%d requests of a batch are charged in full: %s", len(left), why)
-        await asyncio.gather(*(self._ledger.lose(one.ticket, why) for one in left))
-        for one in left:
-            held = one.usd if one.key in self.keys else 0.0
-            self.keys.discard(one.key)
-            self._desk.purse.settle(held, one.usd)
+        """Give up what nobody can read any more: the most is charged, and listed."""
+        if left := self.of(name):
+            _log.warning("%d requests of a batch are charged in full: %s", len(left), why)
+            await asyncio.gather(*(self._lose_one(one, why) for one in left))

@@ -25,6 +25,10 @@ _LOOKS: Final = 3
 _LOOK_S: Final = 20.0
 
 
+class BatchRefused(TeacherUnusable):
+    """The provider will have no such batch: nothing was created, nothing costs."""
+
+
 class BatchApi:
     """One provider's files and batches; errors as `captions.teacher` has them."""
 
@@ -41,7 +45,10 @@ class BatchApi:
                 file=(_file_of(name), file), purpose="batch", timeout=_UPLOAD_S
             )
 
-        return (await self._call(send)).id
+        try:
+            return (await self._call(send)).id
+        except TeacherUnusable as error:
+            raise BatchRefused(str(error)) from None
 
     async def delete_uploads(self, names: Collection[str]) -> None:
         """Delete what was uploaded for batches that were never created."""
@@ -49,21 +56,39 @@ class BatchApi:
         async def pages() -> list[str]:
             files = {_file_of(name) for name in names}
             listed = self._client.files.list(purpose="batch", limit=100)
-            return [one.id async for one in listed if one.filename in files]
+            try:
+                return [one.id async for one in listed if one.filename in files]
+            except openai.NotFoundError:  # no files, so none to delete
+                return []
 
         for file_id in await self._call(pages):
             await self.delete(file_id)
 
-    async def lines(self, file_id: str) -> list[str]:
-        """Return the lines of a file that the provider made."""
-        content = await self._call(lambda: self._client.files.content(file_id))
-        return [line for line in content.text.split("\n") if line.strip()]
+    async def lines(self, file_id: str) -> list[str] | None:
+        """Return the lines of a file that the provider made, or None when it has it no more."""
 
-    async def create(self, name: str, file_id: str, check: Callable[[], Awaitable[None]]) -> str:
+        async def content() -> str | None:
+            try:
+                return (await self._client.files.content(file_id)).text
+            except openai.NotFoundError:
+                return None
+
+        text = await self._call(content)
+        return None if text is None else [line for line in text.split("\n") if line.strip()]
+
+    async def create(
+        self,
+        name: str,
+        file_id: str,
+        check: Callable[[], Awaitable[None]],
+        *,
+        ended: Collection[str] = (),
+    ) -> str:
         """Create a batch once: where the answer got lost, look whether it was created.
 
         Args:
             check: raises if another job may take this batch for never created.
+            ended: the provider's ids of batches of this name that are of the past.
         """
         tries = 0
         provider_id: str | None = None
@@ -78,32 +103,40 @@ class BatchApi:
                 )
                 provider_id = made.id
             except _PASSING as error:
-                self._refuse_empty_account(error)
+                if self._is_empty_account(error):
+                    raise BatchRefused(str(self._unusable(error))) from None
                 tries += 1
                 if tries == _PATIENCE.max_tries:
                     raise self._busy(error) from None
-                provider_id = await self._look_for(name)
+                provider_id = (await self.find({name}, ended=ended)).get(name)
             except openai.APIStatusError as error:
                 await self.delete(file_id)
-                raise self._unusable(error) from None
+                raise BatchRefused(str(self._unusable(error))) from None
         return provider_id
 
-    async def _look_for(self, name: str) -> str | None:
-        """Look several times: a batch may be listed a while after it was created."""
+    async def find(self, names: Collection[str], *, ended: Collection[str] = ()) -> dict[str, str]:
+        """Return the provider's ids of batches by our names, the newest of each.
+
+        Looks several times: a batch may be listed a while after it was created.
+        """
+        found = await self._named(names, ended)
         for _ in range(_LOOKS):
+            if len(found) == len(names):
+                break
             await asyncio.sleep(min(self._poll_s, _LOOK_S))
-            if (found := (await self.named()).get(name)) is not None:
-                return found
-        return None
+            found = await self._named(names, ended)
+        return found
 
-    async def named(self) -> dict[str, str]:
-        """Return the provider's ids of all our batches by our names."""
-
+    async def _named(self, names: Collection[str], ended: Collection[str]) -> dict[str, str]:
         async def pages() -> dict[str, str]:
             found: dict[str, str] = {}
-            async for one in self._client.batches.list(limit=100):  # the newest first
-                if one.metadata and _NAME in one.metadata:
-                    found.setdefault(one.metadata[_NAME], one.id)
+            try:
+                async for one in self._client.batches.list(limit=100):  # the newest first
+                    name = (one.metadata or {}).get(_NAME)
+                    if name is not None and name in names and one.id not in ended:
+                        found.setdefault(name, one.id)
+            except openai.NotFoundError:  # no Batch API, so no batch
+                return {}
             return found
 
         return await self._call(pages)
@@ -133,7 +166,8 @@ class BatchApi:
             try:
                 return await call()
             except _PASSING as error:
-                self._refuse_empty_account(error)
+                if self._is_empty_account(error):
+                    raise self._unusable(error) from None
                 tries += 1
                 if tries == _PATIENCE.max_tries:
                     raise self._busy(error) from None
@@ -143,9 +177,8 @@ class BatchApi:
                 raise self._unusable(error) from None
             await asyncio.sleep(_PATIENCE.bound_s(tries) if asked_s is None else asked_s)
 
-    def _refuse_empty_account(self, error: openai.APIError) -> None:
-        if isinstance(error, openai.RateLimitError) and NO_MONEY in error.response.text:
-            raise self._unusable(error) from None
+    def _is_empty_account(self, error: openai.APIError) -> bool:
+        return isinstance(error, openai.RateLimitError) and NO_MONEY in error.response.text
 
     def _busy(self, error: openai.APIError) -> TeacherBusy:
         said = self._teacher.clean(type(error).__name__)
@@ -154,8 +187,9 @@ class BatchApi:
             "on there: run again later"
         )
 
-    def _unusable(self, error: openai.APIStatusError) -> TeacherUnusable:
-        said = self._teacher.clean(f"HTTP {error.status_code}: {error.message}")
+    def _unusable(self, error: openai.APIError) -> TeacherUnusable:
+        status = error.status_code if isinstance(error, openai.APIStatusError) else "none"
+        said = self._teacher.clean(f"HTTP {status}: {error.message}")
         return TeacherUnusable(
             f"{self._endpoint.base_url} answered {said}. Check the key, the account and whether it "
             "has a Batch API (--mode online does without)"

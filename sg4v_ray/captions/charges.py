@@ -8,8 +8,9 @@ from typing import Final
 
 from PIL import Image
 
+from sg4v_ray.captions.ledger import Sent
 from sg4v_ray.captions.prompts import Prompt
-from sg4v_ray.captions.teacher import Reply, TeacherConfig
+from sg4v_ray.captions.teacher import Reply, TeacherConfig, asked_key
 from sg4v_ray.core.price import PriceTable, most_tokens
 
 _log = logging.getLogger(__name__)
@@ -68,22 +69,30 @@ class Charges:
         expected = prices.of(width, height, detail) + len(ask.prompt.text.split())
         return Bounds(most, config.max_tokens, expected)
 
-    def most_usd(self, most: Bounds, *, in_batch: bool = False) -> float:
-        """Return the most that a request can cost, by the price table and by what was charged."""
-        usd = self._prices.usd(most.prompt_tokens, most.completion_tokens, in_batch=in_batch)
-        return usd * self._dearer
+    def sent(
+        self, ticket: str, key: str, job: str, ask: Ask, most: Bounds, *, in_batch: bool = False
+    ) -> Sent:
+        """Return the note of a request: what it can cost by the price table and what was charged.
 
-    def cost(
-        self, reply: Reply, usd: float, *, least_prompt: float = 1.0, in_batch: bool = False
-    ) -> float:
-        """Return what is charged for a reply: by its usage, or the most where that cannot be.
-
-        Args:
-            usd: the most that the request could cost.
-            least_prompt: prompt tokens below which a usage is not believed.
+        In a batch it has no batch yet.
         """
+        usd = self._prices.usd(most.prompt_tokens, most.completion_tokens, in_batch=in_batch)
+        return Sent(
+            ticket,
+            key,
+            ask.row,
+            job,
+            usd * self._dearer,
+            asked=asked_key(self._config, ask.prompt.sha256),
+            table_usd=usd,
+            least_prompt_tokens=most.least_prompt_tokens,
+        )
+
+    def cost(self, reply: Reply, sent: Sent, *, in_batch: bool = False) -> float:
+        """Return what is charged for a reply: by its usage, or the most where that cannot be."""
         told = self._prices.usd(reply.prompt_tokens, reply.completion_tokens, in_batch=in_batch)
-        if not reply.usage_is_sound or reply.prompt_tokens < least_prompt:
+        usd = sent.usd
+        if not reply.usage_is_sound or reply.prompt_tokens < sent.least_prompt_tokens:
             if usd:  # else nothing is charged
                 self._warn_once(
                     "usage",
@@ -93,7 +102,8 @@ class Charges:
                 )
             return max(usd, told)
         if told > usd:
-            self._dearer *= told / usd
+            # By the table, not by what was reserved: many were reserved before the first was told.
+            self._dearer = max(self._dearer, told / sent.table_usd) if sent.table_usd else 1.0
             self._warn_once(
                 "price",
                 f"a request cost ${told:.5f} where the price table allows ${usd:.5f}; correct "

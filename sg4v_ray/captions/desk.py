@@ -26,7 +26,14 @@ from sg4v_ray.captions.teacher import (
     TurnedAway,
     answer_key,
 )
-from sg4v_ray.core.errors import MoneySpent, Sg4vError, StorageError, TeacherBusy, TeacherUnusable
+from sg4v_ray.core.errors import (
+    ConfigError,
+    MoneySpent,
+    Sg4vError,
+    StorageError,
+    TeacherBusy,
+    TeacherUnusable,
+)
 from sg4v_ray.core.price import Purse
 from sg4v_ray.core.rate import Throttle
 from sg4v_ray.core.rejects import Reject
@@ -69,6 +76,12 @@ class Desk:
         self._teacher, self._endpoint = teacher, endpoint
         self._throttle = Throttle(endpoint.limits)
         self._asking: dict[str, asyncio.Task[Paid | Reply]] = {}
+        self._others = {
+            one.key: one.job
+            for one in ledger.open.values()
+            if one.batch is not None and one.job != job
+        }
+        """Asks that are in batches of other collections."""
         self._free = asyncio.Condition()
         self._open = self._answered = self._refused = 0
         self._ending: Sg4vError | None = None
@@ -92,18 +105,29 @@ class Desk:
             MoneySpent: the next request could pass the cap; all on their way were waited for.
             TeacherBusy: no image at all was answered through all tries.
             TeacherUnusable: the key, the model or the URL is wrong, or the account is empty.
+            ConfigError: a batch of another collection asks the same.
             LeaseLost: another job writes the ledger.
         """
         key = self.key(ask)
         if (known := self.ledger.answers.get(key)) is not None:
             self.counts.known += 1
             return known
+        self.refuse_what_others_ask(key, ask.row)
         task = self._asking.get(key)
         if task is None:
             task = asyncio.create_task(self._ask_until_answered(ask, key))
             self._asking[key] = task
             task.add_done_callback(lambda done: self._forget(key, done))
         return await asyncio.shield(task)
+
+    def refuse_what_others_ask(self, key: str, row: str) -> None:
+        """Raise ConfigError if a batch of another collection asks the same, or both are paid."""
+        if (job := self._others.get(key)) is not None:
+            raise ConfigError(
+                f"{row} is asked the same in a batch of {job} that has not ended; finish that "
+                f"collection first (the same command with its --out), then this one finds its "
+                "answers"
+            )
 
     def _forget(self, key: str, done: "asyncio.Task[Paid | Reply]") -> None:
         del self._asking[key]
@@ -164,11 +188,12 @@ class Desk:
 
     async def _ask_once(self, ask: Ask, key: str) -> Paid | Reply:
         most = self.charges.bounds(ask)
-        usd = self.charges.most_usd(most)
+        sent = self.charges.sent(uuid.uuid4().hex, key, self.job, ask, most)
+        usd = sent.usd
         await self._admit(usd)
         spent = 0.0
         try:
-            ticket = await self._note(Sent(uuid.uuid4().hex, key, ask.row, self.job, usd), most)
+            ticket = await self._note(sent, most)
             try:
                 reply = await self._send(ask, ticket, most)
             except (TurnedAway, TeacherUnusable):
@@ -184,7 +209,7 @@ class Desk:
                 await self.ledger.free(ticket)  # nothing to keep: the same may be right tomorrow
                 self._note_refused(reply)
                 return reply
-            spent = self.charges.cost(reply, usd, least_prompt=most.least_prompt_tokens)
+            spent = self.charges.cost(reply, sent)
             return await self.ledger.paid(ticket, spent, reply)
         except STORAGE_ERRORS as error:
             raise StorageError(

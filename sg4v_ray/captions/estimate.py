@@ -19,7 +19,7 @@ from sg4v_ray.captions.collect import CollectConfig
 from sg4v_ray.captions.ledger import Ledger
 from sg4v_ray.captions.prompts import prompt
 from sg4v_ray.captions.session import LEDGER
-from sg4v_ray.captions.teacher import Endpoint
+from sg4v_ray.captions.teacher import Endpoint, TeacherConfig, asked_key
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.images import Rejected, open_image
 from sg4v_ray.core.rows import ROWS, read_columns
@@ -45,7 +45,7 @@ class SourceEstimate:
     wanted: int
     """More than `images` where the source has too few."""
     answered: int
-    """Images of these that an earlier run has an answer for."""
+    """Images of these that an earlier run has paid for: answered, or in a batch under way."""
     prompt_tokens: int
     completion_tokens: int
     """Expected, of captions as long as the paper's."""
@@ -59,7 +59,7 @@ class SourceEstimate:
 
 
 def estimate(
-    config: CollectConfig, endpoint: Endpoint, *, images: Ref, out: Ref, where: Where
+    config: CollectConfig, endpoint: Endpoint, *, images: Ref, where: Where
 ) -> list[SourceEstimate]:
     """Return what each source takes, and last the sum.
 
@@ -71,16 +71,27 @@ def estimate(
     storage = where.storage
     find(storage, images)
     rows, short = choose(read_columns(storage.sub(f"{images.path}/{ROWS}"), None), config.sample)
-    answers = Ledger(storage.sub(LEDGER), writer=None).answers.values()
-    answered = {one.row for one in answers if one.job == str(out)}
+    ledger = Ledger(storage.sub(LEDGER), writer=None)
+    paid = {(one.row, one.asked) for one in ledger.answers.values()}
+    paid |= {(one.row, one.asked) for one in ledger.open.values() if one.batch is not None}
     parts = []
     for share in config.sample.shares:
         mine = rows.filter(pc.equal(rows["source"], share.source))
         wanted = short.get(share.source, (len(mine), 0))[0]
-        new = mine.filter(pc.invert(pc.is_in(mine["id"], pa.array(answered, pa.string()))))
+        new = mine.filter(pa.array(_is_new(mine, config.teacher, paid), pa.bool_()))
         part = _of_source(share.source, new, config, endpoint)
         parts.append(replace(part, images=len(mine), wanted=wanted, answered=len(mine) - len(new)))
     return [*parts, _sum(parts)]
+
+
+def _is_new(rows: pa.Table, config: TeacherConfig, paid: set[tuple[str, str]]) -> list[bool]:
+    """Say of each row whether nobody has asked the same question about it."""
+    asked = {
+        name: asked_key(config, prompt(name).sha256)
+        for name in pc.unique(rows["prompt"]).to_pylist()
+    }
+    pairs = zip(rows["id"].to_pylist(), rows["prompt"].to_pylist(), strict=True)
+    return [(key, asked[name]) not in paid for key, name in pairs]
 
 
 def _of_source(

@@ -12,15 +12,17 @@ from typing import Any
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.llava_json import record_of, write_records
 from sg4v_ray.core.records import Turn
-from sg4v_ray.core.rows import newest_by_file
+from sg4v_ray.core.rows import newest, newest_by_file
+from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.core.where import Where
 from sg4v_ray.model.instructions import training_question
 
 
-def export(*, captions: Ref, to: str, seed: int, where: Where) -> int:
+def export(*, captions: Ref, to: str, seed: int, hold_out: HoldOut, where: Where) -> int:
     """Write the captions as `to`, a path below their artifact; return how many.
 
     Args:
+        hold_out: what people read, which is left out.
         seed: chooses the question of each caption, as in a dataset.
 
     Raises:
@@ -28,11 +30,15 @@ def export(*, captions: Ref, to: str, seed: int, where: Where) -> int:
     """
     storage = where.storage
     home, attempts = storage.sub(captions.path), find(storage, captions).attempts
+    held: set[str] = set()
+    if hold_out.per_source:
+        rows = newest(home, attempts, ["source"])
+        held = hold_out.of(zip(rows["id"].to_pylist(), rows["source"].to_pylist(), strict=True))
 
     def records() -> Iterator[dict[str, Any]]:
         for table in newest_by_file(home, attempts, ["uri", "text"]):
             for row in table.to_pylist():
-                if row["text"] is not None:
+                if row["text"] is not None and row["id"] not in held:
                     question = Turn(role="user", text=training_question(row["id"], seed))
                     answer = Turn(role="assistant", text=row["text"])
                     yield record_of(row["id"], image_of(row["id"], row["uri"]), (question, answer))

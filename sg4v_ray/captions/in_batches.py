@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final, Never
@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+from ray.exceptions import RayActorError
 from tqdm import tqdm
 
-from sg4v_ray.batch.plan import Flow
+from sg4v_ray.batch.plan import Flow, plain_data
 from sg4v_ray.batch.room import LIGHT_CPUS, check_cluster
 from sg4v_ray.batch.stage import Stage
 from sg4v_ray.batch.watch import STATUS, Status
@@ -49,7 +50,7 @@ class BatchProgress:
             total: requests that are waited for.
         """
         self._home, self._total = home, total
-        self._first: tuple[float, int] | None = None
+        self._began_s = time.monotonic()
         self._bar: tqdm[Never] = tqdm(
             total=total,
             desc=f"{name} in batches",
@@ -59,11 +60,9 @@ class BatchProgress:
             disable=not show,
         )
 
-    def tell(self, desk: DeskStatus) -> None:
+    def tell(self, desk: DeskStatus, *, state: str = "in batches") -> None:
         """Show and write what a desk says now."""
-        now = time.monotonic()
-        self._first = self._first or (now, desk.batches.answered)
-        status = self.status(desk, now)
+        status = self.status(desk, time.monotonic() - self._began_s, state)
         self._bar.set_postfix_str(
             f"{desk.batches.batches} batches under way, ${desk.spent_usd:.2f} so far", refresh=False
         )
@@ -71,22 +70,22 @@ class BatchProgress:
         self._bar.refresh()
         self._home.put(STATUS, (json.dumps(asdict(status), indent=1) + "\n").encode())
 
-    def status(self, desk: DeskStatus, now: float) -> Status:
+    def status(self, desk: DeskStatus, seconds: float, state: str) -> Status:
         """Return what is known now; rates are of this run so far."""
-        since, before = self._first or (now, desk.batches.answered)
         done = min(desk.batches.answered, self._total)
-        rate = (done - before) / (now - since) if now > since else 0.0
+        rate = desk.batches.new / seconds if seconds > 0 else 0.0
+        runs = rate > 0 and state != "stopped"
         rejected = {name: count for name, count in desk.outcomes.items() if name not in _NO_REJECTS}
         paid = desk.spent_usd
         return Status(
-            state="in batches",
+            state=state,
             updated=datetime.now(UTC).isoformat(timespec="seconds"),
             done=done,
             total=self._total,
             rejected=dict(sorted(rejected.items())),
             rows_per_s=round(rate, 2),
             tokens_per_s=0.0,
-            eta_s=round((self._total - done) / rate, 1) if rate > 0 else None,
+            eta_s=round((self._total - done) / rate, 1) if runs else None,
             actors=0,
             ready_actors=0,
             queue=desk.batches.requests - done,
@@ -119,7 +118,7 @@ def ask_in_batches(
         batch_format="pyarrow",
         num_cpus=where.decode_cpus,
     )
-    with _progress(stage.out, desk, where, total) as wait:
+    with plain_data(), _progress(stage.out, desk, where, total) as wait:
         for table in rows.iter_batches(batch_size=flow.batch_size, batch_format="pyarrow"):
             good = table.filter(pc.is_valid(table["image"])).select(COLUMNS)
             wait(desk.put_into_batches.remote(good.to_pylist(), 1))
@@ -155,8 +154,11 @@ def _progress(
                 break
         get(answer)
 
+    state = "stopped"
     try:
         yield wait
-        shown.tell(get(desk.status.remote()))
+        state = "in batches"  # the plan goes on from here
     finally:
+        with suppress(RayActorError):  # a desk that died has said so
+            shown.tell(get(desk.status.remote()), state=state)
         shown.close()

@@ -5,7 +5,7 @@ A request is noted before it goes out and its answer before anybody sees it, so 
 knows what it has, what it owes, and what it may have paid for without getting it. Notes are JSON
 lines in objects that are written once, a few a second: appending does not exist in buckets.
 
-    sent   ticket, key, row, job, usd (the most it can cost), batch, least_prompt_tokens
+    sent   ticket, key, row, job, usd (the most it can cost), batch, asked, bounds of its usage
     paid   ticket, usd, reply       closes `sent`; the reply is kept for ever, by key
     free   ticket                   closes `sent`: turned away, nothing charged
     lost   ticket, why              closes `sent`: no answer, the most is charged
@@ -51,6 +51,10 @@ class Sent:
     usd: float
     """The most that it can cost."""
     batch: str | None = None
+    asked: str = ""
+    """The question and its parameters, without the image: `captions.teacher.asked_key`."""
+    table_usd: float = 0.0
+    """The most that it can cost by the price table alone."""
     least_prompt_tokens: float = 1.0
     """A usage of fewer prompt tokens is not believed."""
 
@@ -64,6 +68,7 @@ class Paid:
     job: str
     usd: float
     reply: Reply
+    asked: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,7 @@ class Ledger:
         """Note an answer; from here on it is never asked for again."""
         note = {"event": "paid", "ticket": ticket, "usd": usd, "reply": asdict(reply)}
         sent = self.open[ticket]
-        note |= {"key": sent.key, "row": sent.row, "job": sent.job}
+        note |= {"key": sent.key, "row": sent.row, "job": sent.job, "asked": sent.asked}
         await self._write(note)
         return self._answer(note)
 
@@ -191,7 +196,9 @@ class Ledger:
 
     def _answer(self, note: dict[str, Any]) -> Paid:
         reply = Reply(**note["reply"])
-        paid = Paid(note["ticket"], note["row"], note["job"], note["usd"], reply)
+        paid = Paid(
+            note["ticket"], note["row"], note["job"], note["usd"], reply, note.get("asked", "")
+        )
         self.answers.setdefault(note["key"], paid)
         self._charge(paid.ticket, paid.job, paid.usd)
         return paid

@@ -197,6 +197,11 @@ def answer_key(
     )
 
 
+def asked_key(config: TeacherConfig, prompt_sha256: str) -> str:
+    """Return what makes two questions the same: model, prompt, parameters."""
+    return fingerprint({"config": asdict(config), "prompt": prompt_sha256})
+
+
 def body_of(config: TeacherConfig, prompt: str, image: bytes) -> dict[str, Any]:
     """Return the JSON body of a chat completion request, for sending now or in a batch."""
     url = f"data:image/{config.image.format};base64,{base64.b64encode(image).decode()}"

@@ -70,16 +70,21 @@ class Open:
 
 @asynccontextmanager
 async def opened(
-    root: Path, where: Endpoint, *, writer: int = 1, limits: BatchLimits | None = None
+    root: Path,
+    where: Endpoint,
+    *,
+    writer: int = 1,
+    limits: BatchLimits | None = None,
+    job: str = JOB,
 ) -> AsyncIterator[Open]:
     """Open a desk as a job does."""
     ledger = Ledger(Storage(str(root)), writer=writer)
     teacher = Teacher(CONFIG, where, key=KEY)
-    desk = Desk(teacher, where, ledger, job=JOB)
+    desk = Desk(teacher, where, ledger, job=job)
     batches = Batches(desk, teacher, where, limits or BatchLimits(poll_s=0.1))
     try:
         await ledger.lose_what_was_on_its_way()
-        desk.purse.spent_usd = ledger.spent_usd[JOB]
+        desk.purse.spent_usd = ledger.spent_usd[job]
         await batches.resume()
         yield Open(desk, batches, ledger)
     finally:

@@ -2,6 +2,9 @@
 """The Batch API: whatever becomes of a batch, every answer is there once and at half the price."""
 
 import asyncio
+import hashlib
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,13 @@ from openai import AsyncOpenAI
 
 from sg4v_ray.captions.batch_api import BatchApi
 from sg4v_ray.captions.batches import BatchCounts, BatchLimits
-from sg4v_ray.captions.ledger import Paid
-from sg4v_ray.core.errors import ContractError, MoneySpent, TeacherUnusable
-from tests.teacher.desk_site import KEY, ask, endpoint, opened
+from sg4v_ray.captions.charges import Ask
+from sg4v_ray.captions.ledger import Ledger, Paid
+from sg4v_ray.captions.prompts import OBJECTS_2026_11
+from sg4v_ray.core.errors import ConfigError, ContractError, MoneySpent, TeacherUnusable
+from sg4v_ray.core.price import ImageTokens, PriceTable
+from sg4v_ray.core.storage import Storage
+from tests.teacher.desk_site import JOB, KEY, ask, endpoint, opened, picture
 from tests.teacher_server.config import BatchPlan, ServerConfig
 from tests.teacher_server.running import Running, serving
 
@@ -20,12 +27,30 @@ pytestmark = pytest.mark.teacher
 
 LIMITS = BatchLimits(max_requests=25, max_bytes=10**6, poll_s=0.1)
 ASKS = [ask(n) for n in range(100)]
+TOO_CHEAP = PriceTable(
+    input_usd_per_mtok=100.0,
+    output_usd_per_mtok=0.1,
+    image=ImageTokens(base=5, per_tile=5),  # the provider counts 85 and 170
+)
 
 
-async def in_batches(root: Path, provider: Running, writer: int = 1, **changes: Any) -> float:
+def large_ask(number: int) -> Ask:
+    """Return an ask about an image of four tiles."""
+    image = picture(number, size=(600, 600))
+    return Ask(f"{number}", image, hashlib.sha256(image).hexdigest(), OBJECTS_2026_11)
+
+
+async def in_batches(
+    root: Path,
+    provider: Running,
+    writer: int = 1,
+    *,
+    limits: BatchLimits = LIMITS,
+    **changes: Any,
+) -> float:
     """Send all asks in batches and wait for them; return what was spent."""
     where = endpoint(provider.url, **changes)
-    async with opened(root, where, writer=writer, limits=LIMITS) as site:
+    async with opened(root, where, writer=writer, limits=limits) as site:
         for one in ASKS:
             await site.batches.add(one)
         await site.batches.finish()
@@ -68,13 +93,38 @@ def test_expired_partial_and_shuffled_batches_leave_a_complete_result_at_half_pr
         assert len(images) == len(set(images)) == 100
 
 
-def test_batches_keep_the_providers_limits(tmp_path: Path) -> None:
-    config = ServerConfig(max_batch_requests=25, max_file_bytes=10**6)
+@pytest.mark.parametrize(
+    ("limits", "num_batches"),
+    [
+        (LIMITS, 4),
+        # A request has about 1,900 bytes: 13 of them to a file.
+        (replace(LIMITS, max_bytes=26_000), 8),
+        (replace(LIMITS, max_open=1), 4),
+    ],
+)
+def test_batches_keep_the_providers_limits(
+    tmp_path: Path, limits: BatchLimits, num_batches: int
+) -> None:
+    config = ServerConfig(
+        max_batch_requests=limits.max_requests,
+        max_file_bytes=limits.max_bytes + 1000,  # around the file
+        max_enqueued_requests=limits.max_open * limits.max_requests,
+    )
     with serving(config, tmp_path / "provider.jsonl") as provider:
-        asyncio.run(in_batches(tmp_path / "ledger", provider))
+        asyncio.run(in_batches(tmp_path / "ledger", provider, limits=limits))
         created = [one for one in provider.entries("batch") if one["status"] == "validating"]
-        assert len(created) == 4
+        assert len(created) == num_batches
         assert not [one for one in provider.entries("batch") if one["status"] == "failed"]
+        assert len(provider.entries("batch_line")) == 100
+
+
+def test_a_request_too_large_for_any_batch_is_asked_online(tmp_path: Path) -> None:
+    with serving(ServerConfig(), tmp_path / "provider.jsonl") as provider:
+        small = replace(LIMITS, max_bytes=1000)
+        asyncio.run(in_batches(tmp_path / "ledger", provider, limits=small))
+        assert not provider.entries("batch")
+        asyncio.run(online(tmp_path / "ledger", provider, 2))
+        assert len(provider.entries("request")) == 100
 
 
 def test_a_batch_whose_creation_was_not_answered_is_created_once(tmp_path: Path) -> None:
@@ -112,6 +162,160 @@ def test_a_batch_that_finds_the_providers_queue_full_is_tried_again(tmp_path: Pa
         assert len(provider.entries("batch_line")) == 100
 
 
+def test_a_batch_that_never_finds_room_says_what_to_change(tmp_path: Path) -> None:
+    config = ServerConfig(max_enqueued_requests=10)
+    with serving(config, tmp_path / "provider.jsonl") as provider:
+        with pytest.raises(TeacherUnusable, match=r"no room .* smaller --batch\.max-requests"):
+            asyncio.run(in_batches(tmp_path / "ledger", provider))
+        assert provider.entries("batch_line") == []
+        small = replace(LIMITS, max_requests=10, max_open=1)
+        asyncio.run(in_batches(tmp_path / "ledger", provider, 2, limits=small))
+        assert len(provider.entries("batch_line")) == 100
+
+
+def test_a_batch_that_was_created_anew_at_a_kill_is_not_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    config = ServerConfig(max_enqueued_requests=30, batch_in_progress_s=1.0)
+    with serving(config, tmp_path / "provider.jsonl") as provider:
+        create, created = BatchApi.create, Counter[str]()
+
+        async def dies_the_second_time(self: BatchApi, name: str, *args: Any, **more: Any) -> str:
+            made = await create(self, name, *args, **more)
+            created[name] += 1
+            if created[name] > 1:
+                raise Killed  # before it is noted
+            return made
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(BatchApi, "create", dies_the_second_time)
+            asyncio.run(in_batches(tmp_path / "ledger", provider))
+        asyncio.run(in_batches(tmp_path / "ledger", provider, 2))
+        assert len(provider.entries("batch_line")) == 100, "none twice"
+
+
+def test_a_provider_without_a_batch_api_can_still_be_asked_online(tmp_path: Path) -> None:
+    with serving(ServerConfig(has_batch_api=False), tmp_path / "provider.jsonl") as provider:
+        with pytest.raises(TeacherUnusable, match="--mode online does without"):
+            asyncio.run(in_batches(tmp_path / "ledger", provider))
+        answers = asyncio.run(online(tmp_path / "ledger", provider, 2))
+        assert len(answers) == len(provider.entries("request")) == 100
+
+
+async def begun(root: Path, provider: Running, job: str = JOB) -> None:
+    """Send two batches and end, as a killed job does."""
+    async with opened(root, endpoint(provider.url), limits=LIMITS, job=job) as site:
+        for one in ASKS[:51]:
+            await site.batches.add(one)
+
+
+def test_a_batch_elsewhere_is_given_up_only_when_that_is_wanted(tmp_path: Path) -> None:
+    root = tmp_path / "ledger"
+    with serving(ServerConfig(), tmp_path / "provider.jsonl") as provider:
+        asyncio.run(begun(root, provider))
+        elsewhere = provider.url.replace("127.0.0.1", "localhost")
+
+        async def there(limits: BatchLimits, writer: int) -> None:
+            async with opened(root, endpoint(elsewhere), writer=writer, limits=limits):
+                pass
+
+        with pytest.raises(
+            ConfigError, match=rf"25 requests .* give --endpoint\.base-url {provider.url}"
+        ):
+            asyncio.run(there(LIMITS, 2))
+        with_slash = endpoint(provider.url + "/")
+
+        async def here() -> None:
+            async with opened(root, with_slash, writer=3, limits=LIMITS) as site:
+                await site.batches.finish()
+
+        asyncio.run(here())
+        assert len(Ledger(Storage(str(root)), writer=None).answers) == 50
+
+
+def test_a_batch_that_is_given_up_is_charged_in_full(tmp_path: Path) -> None:
+    root = tmp_path / "ledger"
+    with (
+        serving(ServerConfig(), tmp_path / "a.jsonl") as provider,
+        serving(ServerConfig(), tmp_path / "b.jsonl") as other,
+    ):
+        asyncio.run(begun(root, provider))
+        asyncio.run(in_batches(root, other, 2, limits=replace(LIMITS, give_up=True)))
+        notes = Ledger(Storage(str(root)), writer=None)
+        assert (len(notes.lost), len(notes.answers)) == (50, 100)
+        assert notes.spent_usd[JOB] > provider.billed_usd() + other.billed_usd()
+
+
+def test_answers_that_the_provider_has_no_more_are_charged_and_asked_again(tmp_path: Path) -> None:
+    root = tmp_path / "ledger"
+    with serving(ServerConfig(), tmp_path / "provider.jsonl") as provider:
+        asyncio.run(begun(root, provider))
+
+        async def delete_results() -> None:
+            async with AsyncOpenAI(base_url=provider.url, api_key=KEY) as client:
+                while len(found := [one async for one in client.files.list()]) < 4:
+                    await asyncio.sleep(0.05)
+                for one in found:
+                    await client.files.delete(one.id)
+
+        asyncio.run(delete_results())
+        asyncio.run(in_batches(root, provider, 2))
+        notes = Ledger(Storage(str(root)), writer=None)
+        assert len(notes.lost) == 50
+        assert len(asyncio.run(online(root, provider, 3))) == 100
+
+
+def test_what_a_batch_of_another_collection_asks_is_not_asked_twice(tmp_path: Path) -> None:
+    root = tmp_path / "ledger"
+    with serving(ServerConfig(), tmp_path / "provider.jsonl") as provider:
+        asyncio.run(begun(root, provider, job="others@v1"))
+        with pytest.raises(ConfigError, match="in a batch of others@v1"):
+            asyncio.run(in_batches(root, provider, 2))
+        assert provider.entries("request") == []
+
+
+def test_counts_that_say_nothing_do_no_harm(tmp_path: Path) -> None:
+    plans = (BatchPlan(odd_counts=True),) * 4
+    with serving(ServerConfig(batch_plans=plans), tmp_path / "provider.jsonl") as provider:
+        asyncio.run(in_batches(tmp_path / "ledger", provider))
+        assert len(provider.entries("batch_line")) == 100
+
+
+def test_a_wrong_price_table_is_corrected_before_a_batch_is_reserved(tmp_path: Path) -> None:
+    config = ServerConfig(usd_per_million_input=100.0, usd_per_million_output=0.1)
+    with serving(config, tmp_path / "provider.jsonl") as provider:
+        cap = 1.0
+        where = endpoint(provider.url, prices=TOO_CHEAP, max_usd=cap)
+
+        async def collect() -> None:
+            async with opened(tmp_path / "ledger", where, limits=LIMITS) as site:
+                for number in range(60):
+                    await site.batches.add(large_ask(number))
+
+        with pytest.raises(MoneySpent, match=r"one more request may cost \$0\.0"):
+            asyncio.run(collect())
+        assert 0.8 * cap < provider.billed_usd() <= cap
+
+
+def test_a_price_table_that_is_wrong_many_times_is_corrected_once(tmp_path: Path) -> None:
+    config = ServerConfig(usd_per_million_input=100.0, usd_per_million_output=0.1)
+    with serving(config, tmp_path / "provider.jsonl") as provider:
+
+        async def collect() -> float:
+            where = endpoint(provider.url, prices=TOO_CHEAP)
+            async with opened(tmp_path / "ledger", where) as site:
+                await site.ask_all([large_ask(number) for number in range(30)])
+                one, charges = large_ask(31), site.desk.charges
+                return charges.sent("t", "k", JOB, one, charges.bounds(one)).usd
+
+        reserved = asyncio.run(collect())
+        dearest = max(one["usd"] for one in provider.entries("request"))
+        assert dearest <= reserved < 1.1 * dearest
+
+
 def test_a_refused_batch_says_what_to_change(tmp_path: Path) -> None:
     plans = (BatchPlan(fail="mismatched_model"),)
     with serving(ServerConfig(batch_plans=plans), tmp_path / "provider.jsonl") as provider:
@@ -139,6 +343,9 @@ def test_one_bad_line_of_a_batch_file_costs_no_other_answer(
         asyncio.run(online(root, provider, 2))
         in_a_batch = len(provider.entries("batch_line"))
         assert len(provider.entries("request")) == 100 - in_a_batch + 1, "that of the bad line"
+        notes = Ledger(Storage(str(root)), writer=None)
+        assert notes.spent_usd[JOB] >= provider.billed_usd()
+        assert len(notes.lost) == (error is ContractError), "what was billed and cannot be read"
 
 
 def test_an_earlier_runs_batch_is_waited_for_before_anything_is_asked_online(
@@ -155,9 +362,13 @@ def test_an_earlier_runs_batch_is_waited_for_before_anything_is_asked_online(
 
         async def go_on() -> None:
             async with opened(root, endpoint(provider.url), writer=2) as site:
-                assert site.batches.counts() == BatchCounts(requests=50, answered=0, batches=2)
+                assert site.batches.counts() == BatchCounts(
+                    requests=50, answered=0, new=0, batches=2
+                )
                 await site.batches.finish()
-                assert site.batches.counts() == BatchCounts(requests=50, answered=50, batches=0)
+                assert site.batches.counts() == BatchCounts(
+                    requests=50, answered=50, new=50, batches=0
+                )
                 await site.ask_all(ASKS)
 
         asyncio.run(killed())
@@ -187,7 +398,7 @@ def test_what_a_killed_job_uploaded_and_never_used_is_deleted(
     class Killed(BaseException):
         pass
 
-    async def dies(*_: object) -> str:
+    async def dies(*_: object, **__: object) -> str:
         raise Killed
 
     async def files(provider: Running) -> list[str]:

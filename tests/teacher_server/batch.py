@@ -56,6 +56,8 @@ class Batch:
     def fields(self) -> dict[str, Any]:
         """Return the batch object."""
         counts = {"total": self.total, "completed": self.completed, "failed": self.failed}
+        if self.plan.odd_counts:
+            counts = {}
         return {
             "id": self.id,
             "object": "batch",

@@ -56,6 +56,8 @@ class BatchPlan:
     """Error code that validation fails with, e.g. `invalid_json_line`."""
     odd_line: bool = False
     """The first line of the results is cut off."""
+    odd_counts: bool = False
+    """`request_counts` is an empty object, as of some that only look compatible."""
     no_money: bool = False
     """Its creation is refused: the account is empty."""
     drop_create: bool = False
@@ -114,6 +116,7 @@ class ServerConfig:
 
     batch_plans: tuple[BatchPlan | None, ...] = ()
     """By order of creation; None and all later ones go well."""
+    has_batch_api: bool = True
     batch_validating_s: float = 0.2
     batch_in_progress_s: float = 0.2
     """The lines are done evenly over this time."""

@@ -40,7 +40,8 @@ def build_app(config: ServerConfig, log: Path) -> web.Application:
         return web.json_response({"object": "list", "data": [listed]})
 
     app.router.add_get("/v1/models", models)
-    app.add_routes([*files.routes(), *batches.routes()])
+    if config.has_batch_api:
+        app.add_routes([*files.routes(), *batches.routes()])
     return app
 
 

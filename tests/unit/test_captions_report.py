@@ -14,6 +14,7 @@ from sg4v_ray.core.lease import hold
 from sg4v_ray.core.llava_json import read_records
 from sg4v_ray.core.records import CaptionRow
 from sg4v_ray.core.rows import put_rows
+from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.core.where import Where
 from sg4v_ray.sources import shapes
 
@@ -100,12 +101,19 @@ def test_the_card_names_inputs_and_counts(where: Where) -> None:
 
 def test_the_export_has_the_published_schema_and_leaves_rejects_out(where: Where) -> None:
     name = "sharegpt4v_instruct_gpt4-vision_cap100k.json"
-    assert export(captions=CAPTIONS, to=name, seed=0, where=where) == 2
+    assert export(captions=CAPTIONS, to=name, seed=0, hold_out=HoldOut(), where=where) == 2
     data = where.storage.get(f"captions/v1/{name}")
     records = {one["id"]: one for one in read_records(io.BytesIO(data), where="")}
     assert set(records) == {"a.png", "c.png"}
     assert records["a.png"]["image"] == "a.png"
     assert records["a.png"]["conversations"][1] == {"from": "gpt", "value": "A red circle <b>"}
+
+
+def test_the_export_leaves_out_what_people_read(where: Where) -> None:
+    hold_out = HoldOut(per_source=1, seed=0)
+    (read,) = hold_out.of((key, "test") for key in ("a.png", "b.png", "c.png"))
+    left = export(captions=CAPTIONS, to="rest.json", seed=0, hold_out=hold_out, where=where)
+    assert left == len({"a.png", "c.png"} - {read}) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,9 @@ from sg4v_ray.captions.choose import SampleConfig, Share, choose
 from sg4v_ray.captions.collect import CollectConfig
 from sg4v_ray.captions.estimate import SourceEstimate, estimate, table
 from sg4v_ray.captions.ledger import Ledger, Sent
+from sg4v_ray.captions.prompts import prompt
 from sg4v_ray.captions.session import LEDGER
-from sg4v_ray.captions.teacher import Endpoint, Reply, TeacherConfig
+from sg4v_ray.captions.teacher import Endpoint, Reply, TeacherConfig, asked_key
 from sg4v_ray.core.artifact import Ref, begin, commit
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.lease import hold
@@ -28,7 +30,8 @@ from tests.teacher.desk_site import picture
 
 pytestmark = pytest.mark.teacher
 
-IMAGES, OUT = Ref(name="images"), Ref(name="teacher-captions")
+IMAGES = Ref(name="images")
+TEACHER = TeacherConfig(model="gpt-4o", max_tokens=1024)
 OBJECTS, ART = "objects-2026-11", "artwork-2026-11"
 
 
@@ -142,7 +145,7 @@ def estimated(where: Where) -> list[SourceEstimate]:
     return estimate(
         CollectConfig(
             sample=config(COCO, Share(source="wikiart", prompt=ART)),
-            teacher=TeacherConfig(model="gpt-4o", max_tokens=1024),
+            teacher=TEACHER,
         ),
         Endpoint(
             base_url="https://nobody",
@@ -150,7 +153,6 @@ def estimated(where: Where) -> list[SourceEstimate]:
             limits=Limits(requests_per_min=10),
         ),
         images=IMAGES,
-        out=OUT,
         where=where,
     )
 
@@ -168,8 +170,14 @@ def test_an_estimate_says_images_tokens_dollars_and_hours_by_source(where: Where
     assert "20 of 50" in table(found)
 
 
-async def earlier_run(where: Where, *answered: tuple[str, str]) -> None:
-    """Note an answer for each row of a job."""
+def asked(where: Where, row: int, config: TeacherConfig = TEACHER) -> Sent:
+    """Return the note of a request about a row, as a desk makes it."""
+    text = prompt(OBJECTS if row < 20 else ART)
+    return Sent(f"t{row}", f"k{row}", str(row), "a@v1", 0.01, asked=asked_key(config, text.sha256))
+
+
+async def earlier_run(where: Where, *notes: Sent) -> None:
+    """Note an answer for each request."""
     reply = Reply(
         text="A dog.",
         reject=None,
@@ -180,21 +188,20 @@ async def earlier_run(where: Where, *answered: tuple[str, str]) -> None:
         usage_is_sound=True,
     )
     ledger = Ledger(where.storage.sub(LEDGER), writer=1)
-    await ledger.sent_together(
-        [Sent(f"ticket-{row}", f"key-{row}", row, job, 0.01) for row, job in answered]
-    )
-    await asyncio.gather(*(ledger.paid(f"ticket-{row}", 0.01, reply) for row, _ in answered))
+    await ledger.sent_together(list(notes))
+    await asyncio.gather(*(ledger.paid(one.ticket, 0.01, reply) for one in notes))
 
 
 def test_an_estimate_leaves_out_what_an_earlier_run_has_an_answer_for(where: Where) -> None:
     before = estimated(where)[0]
-    asyncio.run(earlier_run(where, ("0", str(OUT)), ("1", str(OUT)), ("2", "others@v1")))
+    other = replace(TEACHER, max_tokens=5)
+    asyncio.run(earlier_run(where, asked(where, 0), asked(where, 1), asked(where, 2, other)))
     after = estimated(where)[0]
     assert (after.images, after.answered) == (20, 2)
     assert after.usd == pytest.approx(before.usd * 18 / 20, rel=0.01)
 
 
 def test_an_estimate_of_what_is_answered_already_is_nothing(where: Where) -> None:
-    asyncio.run(earlier_run(where, *((str(n), str(OUT)) for n in range(30))))
+    asyncio.run(earlier_run(where, *(asked(where, n) for n in range(30))))
     *_, both = estimated(where)
     assert (both.images, both.answered, both.usd) == (30, 30, 0.0)

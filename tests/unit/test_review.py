@@ -10,6 +10,8 @@ import pytest
 from sg4v_ray.analysis.review import IDS, PAGE, write_review
 from sg4v_ray.captions.prompts import prompt
 from sg4v_ray.core.artifact import Ref, begin, commit
+from sg4v_ray.core.fetch import FetchConfig
+from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import Sample, TeacherCaptionRow, from_table
 from sg4v_ray.core.rows import ROWS, put_rows
@@ -64,6 +66,8 @@ def review(where: Where) -> dict[str, dict[str, object]]:
         hold_out=HELD,
         prompts=lambda name: prompt(name).text,
         flag=lambda text, asked: "odd: short" if "Caption 1" in text else None,
+        limits=ImageLimits(),
+        fetch=FetchConfig(),
         where=where,
     )
 

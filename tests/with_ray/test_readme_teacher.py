@@ -34,6 +34,13 @@ def commands() -> list[str]:
     return block[1].strip().splitlines()
 
 
+def exports() -> str:
+    """Return the README's command that writes a teacher's captions as JSON."""
+    found = re.search(r"`(export_captions folder [^`]*)`", (REPOSITORY / "README.md").read_text())
+    assert found is not None
+    return f"python -m jobs.{found[1]}"
+
+
 def test_the_readmes_lines_estimate_collect_and_show(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -65,7 +72,9 @@ def test_the_readmes_lines_estimate_collect_and_show(tmp_path: Path) -> None:
         assert len(lines) == 3
         estimate, collected, reviewed = map(run, lines)
         assert len(provider.entries("request")) == NUM_IMAGES, "an estimate sends nothing"
+        exported = run(f"{exports()} --where.root runs/photos")
 
+    assert exported.startswith("4 records: "), "20 of 24 are held out"
     assert re.search(rf"folder +{NUM_IMAGES} ", estimate)
     assert re.search(r"all +", estimate)
     assert f"teacher-captions@v1: {NUM_IMAGES} rows, 0 rejected" in collected
