@@ -6,7 +6,7 @@ of two linear layers and a Llama language model.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.model.geometry import CLIP_MEAN, CLIP_STD
@@ -50,6 +50,8 @@ class ModelConfig:
     pretrained. Default: Llama's."""
     feature_layer: int = -2
     """Which hidden state of the vision tower is projected: -1 is the last block's."""
+    vision_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Activation of the vision tower: OpenAI's CLIP has quick_gelu, most of open_clip's gelu."""
 
     def __post_init__(self) -> None:
         for what, whole, part in (
@@ -168,7 +170,7 @@ def to_transformers(config: ModelConfig) -> "LlavaConfig":
         image_size=config.image_size,
         patch_size=config.patch_size,
         projection_dim=config.vision_width * 3 // 4,  # unused by LLaVA; 768 as CLIP ViT-L says
-        hidden_act="quick_gelu",
+        hidden_act=config.vision_act,
     )
     text = LlamaConfig(
         vocab_size=config.vocab_size,

@@ -5,7 +5,7 @@ transformers, vLLM and SGLang all load that layout. Every missing, extra or miss
 error: a half-loaded model still produces text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,14 +22,14 @@ _DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# From names inside transformers 5 to the published ones. Its own save_pretrained leaves out
-# `vision_model.`, and vLLM then finds no vision tower.
-_PUBLISHED: Final = (
+LLAVA_HF: Final = (
     ("model.vision_tower.", "vision_tower.vision_model."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
+"""From names inside transformers 5 to the published ones. Its own save_pretrained leaves out
+`vision_model.`, and vLLM then finds no vision tower."""
 _SHARD_SIZE: Final = "5GB"
 _NAMED_KEYS: Final = 5
 
@@ -74,9 +74,9 @@ def load(folder: Path, *, dtype: str) -> LlavaForConditionalGeneration:
         output_loading_info=True,
     )
     problems = [
-        _listed("missing", report["missing_keys"]),
-        _listed("extra", report["unexpected_keys"]),
-        _listed("misshapen", [" ".join(map(str, one)) for one in report["mismatched_keys"]]),
+        listed("missing", report["missing_keys"]),
+        listed("extra", report["unexpected_keys"]),
+        listed("misshapen", [" ".join(map(str, one)) for one in report["mismatched_keys"]]),
     ]
     if any(problems):
         raise WeightsError(
@@ -116,15 +116,16 @@ def save(
 
 
 def _published(name: str) -> str:
-    for ours, theirs in _PUBLISHED:
+    for ours, theirs in LLAVA_HF:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     raise WeightsError(f"{name} is no weight of a LLaVA model; save the bare model, not a wrapper")
 
 
-def _listed(what: str, keys: list[str]) -> str:
-    if not keys:
-        return ""
+def listed(what: str, keys: Iterable[str]) -> str:
+    """Return `what` and the first five of the keys, or '' if there are none."""
     names = sorted(keys)
+    if not names:
+        return ""
     rest = f" and {len(names) - _NAMED_KEYS} more" if len(names) > _NAMED_KEYS else ""
     return f"{what} {', '.join(names[:_NAMED_KEYS])}{rest}"
