@@ -75,7 +75,12 @@ def train(step: TrainStep, where: Where) -> Manifest:
     from sg4v_ray.training import launch  # torch: drivers that only caption do without
 
     return launch.run(
-        step.config, start=step.start, dataset=step.dataset, out=step.out, where=where
+        step.config,
+        start=step.start,
+        dataset=step.dataset,
+        held_out=step.held_out,
+        out=step.out,
+        where=where,
     )
 
 

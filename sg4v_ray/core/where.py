@@ -54,6 +54,9 @@ class Where:
     """Give every training process a GPU."""
     worker_cpus: float = 1.0
     """CPUs that one training process reserves; it computes with as many threads, at least 1."""
+    step_deadline: str = "30m"
+    """How long one training step may take. After that a process waits for another that is gone:
+    it writes where it stands, ends, and Ray starts all from the last checkpoint."""
     finish_by: str | None = None
     """How long captioning may take from its start, e.g. `6h30m`. The first blocks measure the
     speed; then the pool gets the size that makes it, `max_actors` at most."""
@@ -73,6 +76,7 @@ class Where:
             )
         if self.train_workers < 1:
             raise ConfigError(f"train_workers must be at least 1, got {self.train_workers}")
+        seconds_of(self.step_deadline)
         if self.finish_by is not None:
             seconds_of(self.finish_by)
         for name in ("gpu_hour_usd", "max_usd"):

@@ -90,6 +90,13 @@ def dead_parameters(model: "LlavaForConditionalGeneration") -> tuple[str, ...]:
     )
 
 
+def vision_depth(name: str) -> int | None:
+    """Return how deep in the vision tower a parameter lies: 0 before its blocks; None outside."""
+    if not name.startswith(_TOWER):
+        return None
+    return 1 + _block(name, default=-1)
+
+
 def _trains(name: str, parts: FreezePlan) -> bool:
     if name.startswith("model.multi_modal_projector."):
         return parts.projector

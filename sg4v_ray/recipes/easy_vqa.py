@@ -74,6 +74,7 @@ def _stage(kind: StageKind, **changes: Any) -> StageConfig:
         "trainable": WHOLE,
         "global_batch": 16,
         "micro_batch": 8,
+        "length_window": 0,  # rows are about equally long
         "betas": (0.9, 0.98),
         "clip_norm": 1.0,
         "max_length": 512,

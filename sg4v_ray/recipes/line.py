@@ -13,6 +13,7 @@ from sg4v_ray.captions.collect import CollectConfig, Mode
 from sg4v_ray.captions.score import ScoreConfig
 from sg4v_ray.captions.teacher import Endpoint
 from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.dataset.build import BuildConfig
 from sg4v_ray.dataset.mixture import MixConfig
 from sg4v_ray.evaluation.run import EvaluateConfig
@@ -81,6 +82,14 @@ class TrainStep:
     start: Fresh | Ref
     dataset: Ref
     out: Ref
+    held_out: Ref | None = None
+    """A dataset that is not trained on, for `config.held_out_every_steps`."""
+
+    def __post_init__(self) -> None:
+        if (self.held_out is None) != (self.config.held_out_every_steps is None):
+            raise ConfigError(
+                "held_out and config.held_out_every_steps belong together; give both or neither"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

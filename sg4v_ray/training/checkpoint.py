@@ -1,52 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: `checkpoints/<step>-<random>/`, complete exactly with `complete.json`.
 
-DeepSpeed's files are pickles, so they lie under our own root only, and their checksums are
-verified before they are opened. Each rank writes and reads its own files by way of a local folder
-(`TMPDIR` says where), so a bucket serves as well as a disk.
+Each rank writes the pieces that it holds (`training.fragments`) as safetensors, from a copy, while
+training goes on; `complete.json` follows when all have. Any number of workers under any ZeRO stage
+reads what any other wrote: a rank opens the files that hold its pieces, and of those only its part.
+What does not train is not in it: it comes from the artifact that the run starts from.
 """
 
 import dataclasses
 import json
 import logging
-import re
 import tempfile
 import uuid
+from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sg4v_ray.core.config import load as load_config
 from sg4v_ray.core.errors import ConfigError, StorageError
 from sg4v_ray.core.storage import Storage
+from sg4v_ray.training.fragments import KINDS, Piece, inner_optimizer, pieces, restore
 
 T = TypeVar("T")
+State: TypeAlias = dict[tuple[str, str], Tensor]
+"""(numel,) by kind and parameter name."""
 _log = logging.getLogger(__name__)
 
 FOLDER: Final = "checkpoints"
 _COMPLETE: Final = "complete.json"
-_KEEP: Final = 2
-"""Should the newest turn out damaged, a person may delete it and resume from the one before."""
-_RANK_FILE: Final = re.compile(r"_pp_rank_(\d+)_")
+KEEP: Final = 2
+"""The newest may turn out damaged: then the one before it is used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """Mean loss of the labelled tokens of samples that are not trained on."""
+
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run is: with the plan, all of its state that is not DeepSpeed's."""
+    """How far a run is: with the plan, all of its state that is not the optimizer's."""
 
     step: int = 0
-    """Optimizer steps done; the plan gives epoch and position from it."""
+    """Steps of the plan that are done; the plan gives epoch and position from it."""
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     """Samples, tokens, labels, rejected rows by reason, over all ranks since step 0."""
     losses: tuple[float, ...] = ()
     """Loss of each step."""
     grad_norms: tuple[float, ...] = ()
     """Gradient norm of each step, before clipping."""
+    skipped: tuple[int, ...] = ()
+    """Steps whose update was not made: their loss had jumped."""
+    held_out: tuple[HeldOut, ...] = ()
     resumed_at: tuple[int, ...] = ()
     """Steps at which a run took over from one that was stopped."""
+
+    @property
+    def updates(self) -> int:
+        """Updates that the optimizer has made."""
+        return self.step - len(self.skipped)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Where a part of a parameter lies."""
+
+    file: str
+    start: int
+    numel: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,100 +87,225 @@ class Checkpoint:
     """What `complete.json` holds."""
 
     name: str
-    world_size: int
     progress: Progress
     digests: dict[str, str]
     """sha256 by file name, of the files of all ranks."""
+    parts: dict[str, tuple[Part, ...]]
+    """By parameter name."""
 
-    def of_rank(self, rank: int) -> dict[str, str]:
-        """Return the digests of the files that one rank opens: its own, and those of no rank."""
-        found = {name: _RANK_FILE.search(name) for name in self.digests}
+
+class Checkpoints:
+    """The checkpoints of one run, on one rank. All ranks call its methods together."""
+
+    def __init__(self, home: Storage, engine: Any, *, keep: int = KEEP) -> None:
+        self._home, self._engine, self._keep = home, engine, keep
+        self._pieces = pieces(engine)
+        self._pool = ThreadPoolExecutor(1, "sg4v-checkpoint")
+        self._writing: tuple[str, Progress, Future[dict[str, str]]] | None = None
+
+    @property
+    def is_written(self) -> bool:
+        """Say whether this rank has written its part of what was begun; only then `finish` waits
+        for no upload.
+        """
+        return self._writing is not None and self._writing[2].done()
+
+    def begin(self, progress: Progress) -> None:
+        """Copy the state and write it in the background, after what was begun before.
+
+        Raises:
+            StorageError: the one before could not be written.
+        """
+        self.finish()
+        name = _from_first(lambda: f"{progress.step:08d}-{uuid.uuid4().hex[:8]}")
+        optimizer = inner_optimizer(self._engine)
+        writes = dist.get_rank() == 0 or not self._is_copy
+        copies = {
+            f"{kind}/{piece.name}": piece.read(optimizer, kind).to("cpu", copy=True)
+            for piece in self._pieces
+            for kind in KINDS
+            if writes
+        }
+        written = self._pool.submit(self._write, f"{FOLDER}/{name}", copies)
+        self._writing = (name, progress, written)
+
+    @property
+    def _is_copy(self) -> bool:
+        """Say whether all ranks hold the same pieces."""
+        return all(piece.numel == piece.size for piece in self._pieces) and bool(self._pieces)
+
+    def _write(self, path: str, copies: dict[str, Tensor]) -> dict[str, str]:
+        if not copies:
+            return {}
+        with tempfile.TemporaryDirectory(prefix="sg4v-checkpoint-") as folder:
+            save_file(copies, Path(folder, _file_of(dist.get_rank())))
+            return self._home.upload(Path(folder), path)
+
+    def finish(self) -> None:
+        """Wait until all ranks have written what was begun, and complete it."""
+        if self._writing is None:
+            return
+        (name, progress, written), self._writing = self._writing, None
+        gathered = _gather((written.result(), self._my_parts() if written.result() else {}))
+        if dist.get_rank() == 0:
+            parts: dict[str, list[Part]] = defaultdict(list)
+            for _, held in gathered:
+                for parameter, part in held.items():
+                    parts[parameter].append(part)
+            record = Checkpoint(
+                name=name,
+                progress=progress,
+                digests={file: digest for files, _ in gathered for file, digest in files.items()},
+                parts={parameter: tuple(found) for parameter, found in parts.items()},
+            )
+            data = json.dumps(dataclasses.asdict(record)).encode()
+            self._home.put(f"{FOLDER}/{name}/{_COMPLETE}", data)
+            _prune(self._home, self._keep)
+        dist.barrier()
+
+    def _my_parts(self) -> dict[str, Part]:
+        file = _file_of(dist.get_rank())
         return {
-            name: self.digests[name]
-            for name, match in found.items()
-            if match is None or int(match[1]) == rank
+            piece.name: Part(file=file, start=piece.start, numel=piece.numel)
+            for piece in self._pieces
         }
 
+    def resume(self) -> Progress:
+        """Put the newest sound state into DeepSpeed, if there is one.
 
-def save(home: Storage, engine: Any, progress: Progress) -> None:
-    """Write a checkpoint and drop those before the last two. All ranks call this together.
+        One with a file that is missing or not as it was written is skipped with a warning.
+        """
+        for name in _from_first(lambda: _complete(self._home)):
+            state, record, problem = self._try_to_read(name)
+            problems = [one for one in _gather(problem) if one is not None]
+            if problems or record is None:
+                if dist.get_rank() == 0:
+                    _log.warning(
+                        "checkpoint %s is skipped, the one before is used: %s", name, problems[0]
+                    )
+                continue
+            restore(self._engine, self._pieces, state, record.progress.updates)
+            _log.info("resumed from checkpoint %s", name)
+            resumed = (*record.progress.resumed_at, record.progress.step)
+            return dataclasses.replace(record.progress, resumed_at=resumed)
+        return Progress()
 
-    Args:
-        home: storage of the artifact.
-        engine: DeepSpeed's.
-        progress: equal on all ranks.
-    """
-    name = _from_first(lambda: f"{progress.step:08d}-{uuid.uuid4().hex[:8]}")
-    path = f"{FOLDER}/{name}"
-    with tempfile.TemporaryDirectory(prefix="sg4v-checkpoint-") as staging:
-        (Path(staging) / name).mkdir()
-        engine.save_checkpoint(staging, tag=name, save_latest=False)
-        written = home.upload(Path(staging) / name, path)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, written)
-    if dist.get_rank() == 0:
-        record = Checkpoint(
-            name=name,
-            world_size=dist.get_world_size(),
-            progress=progress,
-            digests={file: digest for one in gathered for file, digest in one.items()},
-        )
-        home.put(f"{path}/{_COMPLETE}", json.dumps(dataclasses.asdict(record)).encode())
-        _prune(home)
-    dist.barrier()
+    def _try_to_read(self, name: str) -> tuple[State, Checkpoint | None, str | None]:
+        """Return the state and the record of a checkpoint, or what is wrong with it."""
+        try:
+            record = read(self._home, name)
+            with tempfile.TemporaryDirectory(prefix="sg4v-checkpoint-") as cache:
+                return self._read(record, Path(cache)), record, None
+        except (StorageError, SafetensorError) as error:
+            return {}, None, str(error)
+
+    def _read(self, record: Checkpoint, cache: Path) -> State:
+        """Read the parts of all files that make up this rank's pieces."""
+        wanted: dict[str, list[tuple[Piece, Part]]] = defaultdict(list)
+        for piece in self._pieces:
+            for part in record.parts.get(piece.name, ()):
+                if part.start < piece.start + piece.numel and piece.start < part.start + part.numel:
+                    wanted[part.file].append((piece, part))
+        digests = {file: record.digests[file] for file in wanted}
+        folder = self._home.localise(f"{FOLDER}/{record.name}", cache=cache, digests=digests)
+        state = {
+            (kind, piece.name): torch.full((piece.numel,), torch.nan)
+            for piece in self._pieces
+            for kind in KINDS
+        }
+        for file, pairs in wanted.items():
+            with safe_open(folder / file, framework="pt") as tensors:
+                for piece, part in pairs:
+                    for kind in KINDS:
+                        _copy(tensors.get_slice(f"{kind}/{piece.name}"), part, piece, state, kind)
+        self._check_covered(record, wanted)
+        return state
+
+    def _check_covered(
+        self, record: Checkpoint, wanted: dict[str, list[tuple[Piece, Part]]]
+    ) -> None:
+        found: dict[str, int] = defaultdict(int)
+        for pairs in wanted.values():
+            for piece, part in pairs:
+                start, stop = _overlap(piece, part)
+                found[piece.name] += stop - start
+        for piece in self._pieces:
+            if found[piece.name] != piece.numel:
+                raise StorageError(
+                    f"checkpoint {record.name} has {found[piece.name]} of {piece.numel} numbers of "
+                    f"{piece.name}"
+                )
+
+
+def _overlap(piece: Piece, part: Part) -> tuple[int, int]:
+    """Return the range of the flattened parameter that both hold."""
+    return max(piece.start, part.start), min(piece.start + piece.numel, part.start + part.numel)
+
+
+def _copy(stored: Any, part: Part, piece: Piece, state: State, kind: str) -> None:
+    start, stop = _overlap(piece, part)
+    into = state[kind, piece.name][start - piece.start : stop - piece.start]
+    into.copy_(stored[start - part.start : stop - part.start])
 
 
 def newest(home: Storage) -> Checkpoint | None:
     """Return the newest complete checkpoint of an artifact."""
-    complete = [path for path in home.list(FOLDER) if path.endswith(f"/{_COMPLETE}")]
-    if not complete:
-        return None
-    return load_config(Checkpoint, json.loads(home.get(complete[-1])))
+    names = _complete(home)
+    return read(home, names[0]) if names else None
 
 
-def check_world_size(checkpoint: Checkpoint, world_size: int) -> None:
-    """Raise ConfigError unless a checkpoint is of as many workers as there are now."""
-    if checkpoint.world_size != world_size:
-        raise ConfigError(
-            f"checkpoint {checkpoint.name} holds the optimizer state of {checkpoint.world_size} "
-            f"workers and cannot be shared by {world_size}; resume with train_workers="
-            f"{checkpoint.world_size}"
-        )
-
-
-def resume(home: Storage, engine: Any) -> Progress:
-    """Put DeepSpeed into the newest state, if there is one. All ranks call this together.
+def read(home: Storage, name: str) -> Checkpoint:
+    """Return what `complete.json` of a checkpoint holds.
 
     Raises:
-        ConfigError: it was written by another number of workers.
-        StorageError: a file is not the one that was written.
+        StorageError: it is not what this version writes.
     """
-    checkpoint: Checkpoint | None = _from_first(lambda: newest(home))
-    if checkpoint is None:
-        return Progress()
-    check_world_size(checkpoint, dist.get_world_size())
-    path = f"{FOLDER}/{checkpoint.name}"
-    with tempfile.TemporaryDirectory(prefix="sg4v-checkpoint-") as cache:
-        try:
-            digests = checkpoint.of_rank(dist.get_rank())
-            folder = home.localise(path, cache=Path(cache), digests=digests)
-        except StorageError as error:
-            raise StorageError(
-                f"{error}; delete {home.uri(path)} to resume from the checkpoint before it"
-            ) from error
-        engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    _log.info("resumed from checkpoint %s", checkpoint.name)
-    return dataclasses.replace(
-        checkpoint.progress, resumed_at=(*checkpoint.progress.resumed_at, checkpoint.progress.step)
-    )
+    path = f"{FOLDER}/{name}/{_COMPLETE}"
+    try:
+        return load_config(Checkpoint, json.loads(home.get(path)))
+    except (ValueError, ConfigError) as error:
+        raise StorageError(
+            f"{home.uri(path)} is no record of a checkpoint ({error}); delete its folder to resume "
+            "from the checkpoint before it"
+        ) from error
 
 
-def _prune(home: Storage) -> None:
-    """Delete all checkpoints but the last complete ones, unfinished ones of dead runs too."""
-    paths = list(home.list(FOLDER))
-    complete = [path.split("/")[1] for path in paths if path.endswith(f"/{_COMPLETE}")]
-    for name in sorted({path.split("/")[1] for path in paths} - set(complete[-_KEEP:])):
+def _complete(home: Storage) -> list[str]:
+    """Return the names of complete checkpoints, the newest first."""
+    found = [path for path in home.list(FOLDER) if path.endswith(f"/{_COMPLETE}")]
+    return sorted((path.split("/")[1] for path in found), reverse=True)
+
+
+def _prune(home: Storage, keep: int) -> None:
+    """Delete all but the newest complete checkpoints and the best, unfinished ones too."""
+    names = _complete(home)
+    kept = set(names[:keep]) | _best(home, names)
+    for name in sorted({path.split("/")[1] for path in home.list(FOLDER)} - kept):
         home.delete(f"{FOLDER}/{name}")
+
+
+def _best(home: Storage, names: list[str]) -> set[str]:
+    """Return the checkpoint with the least held-out loss at its own step."""
+    scored = {}
+    for name in names:
+        try:
+            progress = read(home, name).progress
+        except StorageError as error:
+            _log.warning("%s", error)
+            continue
+        if progress.held_out and progress.held_out[-1].step == progress.step:
+            scored[name] = progress.held_out[-1].loss
+    return {min(scored, key=scored.__getitem__)} if scored else set()
+
+
+def _file_of(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _gather(mine: T) -> list[T]:
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, mine)
+    return box
 
 
 def _from_first(make: Callable[[], T]) -> T:

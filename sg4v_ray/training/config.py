@@ -3,7 +3,7 @@
 budget is the result's identity."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.images import ImageLimits
@@ -13,6 +13,10 @@ from sg4v_ray.model.conversation import TemplateName
 from sg4v_ray.model.freeze import FreezePlan
 from sg4v_ray.model.geometry import Geometry
 
+_COUNTS: Final = (
+    *("global_batch", "micro_batch", "micro_tokens", "max_length", "save_every_steps"),
+    *("max_steps", "held_out_every_steps"),
+)
 StageKind = Literal["align", "captioner", "pretrain", "finetune"]
 
 
@@ -36,10 +40,20 @@ class StageConfig:
     """Samples of one optimizer step, over all workers and accumulation steps."""
     micro_batch: int
     """Samples that one worker holds at once; the rest is accumulation."""
+    length_window: int = 16
+    """Global batches whose samples are sorted by length together, images apart from text; 0 sorts
+    nothing. (Published: random for pretraining, sorted inside a global batch for fine-tuning.)"""
+    micro_tokens: int | None = None
+    """Tokens that one worker holds at once, at most, padding included; `micro_batch` still bounds
+    the samples. Ours."""
     epochs: float = 1.0
     max_steps: int | None = None
     """Overrules `epochs`."""
     warmup_ratio: float = 0.03
+    vision_layer_decay: float | None = None
+    """Factor of the learning rate from one vision block to the one before it, so that the first
+    blocks learn least. (Published: none. The authors' advice for a tower that is open from its
+    first block: InternLM-XComposer issue 195.)"""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
@@ -58,6 +72,9 @@ class StageConfig:
     """Compute activations again in the backward pass instead of keeping them."""
     save_every_steps: int = 250
     """Steps between checkpoints, 40 minutes at 7B on 16 A100s. (Published: 50,000, so none.)"""
+    held_out_every_steps: int | None = None
+    """Steps between looks at the loss of samples that are not trained on; the checkpoint with the
+    least of it is kept. Needs a `held_out` dataset. (Published: none.)"""
     seed: int = 42
     """Order of the samples; transformers' default."""
     image_limits: ImageLimits = field(default_factory=ImageLimits)
@@ -69,15 +86,29 @@ class StageConfig:
             raise ConfigError(
                 f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}"
             )
+        if self.zero_stage == 0 and self.dtype == "bfloat16":
+            raise ConfigError(
+                "zero_stage 0 keeps no float32 copy of bfloat16 weights; set 1, which is "
+                "the same on one worker and takes less memory on several"
+            )
+        if self.length_window < 0 or (self.micro_tokens and not self.length_window):
+            raise ConfigError(
+                f"length_window must be 0 or more, and above 0 with micro_tokens; got "
+                f"{self.length_window}"
+            )
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")
+        if self.vision_layer_decay is not None and not 0 < self.vision_layer_decay <= 1:
+            raise ConfigError(
+                f"vision_layer_decay must be above 0 and at most 1, got {self.vision_layer_decay}"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must be at least 0 and below 1, got {self.betas}")
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay must not be negative, got {self.weight_decay}")
 
     def _check_numbers(self) -> None:
-        for name in ("global_batch", "micro_batch", "max_length", "save_every_steps", "max_steps"):
+        for name in _COUNTS:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         for name in ("learning_rate", "epochs", "epsilon", "clip_norm"):

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stage's settings as DeepSpeed spells them, and the parameter groups of its optimizer."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import deepspeed
 from torch import nn
 
+from sg4v_ray.model.freeze import vision_depth
 from sg4v_ray.training.config import StageConfig
 
 # Values of the published scripts/zero2.json and zero3.json (ShareGPT4Omni/ShareGPT4V@b6f70e9).
@@ -29,12 +31,13 @@ _ZERO: Mapping[int, Mapping[str, Any]] = {
 def settings(config: StageConfig, *, world_size: int, gpu: bool) -> dict[str, Any]:
     """Return the dict that `deepspeed.initialize` takes.
 
-    The loop sets the learning rate of each step itself, so no scheduler is named.
+    The loop sets the learning rate of each step itself, so no scheduler is named, and says which
+    micro-batch is a step's last one.
     """
     micro_batches = config.global_batch // config.micro_batch
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": micro_batches // world_size,
+        "gradient_accumulation_steps": math.ceil(micro_batches / world_size),
         "zero_optimization": {"stage": config.zero_stage, **_ZERO[config.zero_stage]},
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "gradient_clipping": config.clip_norm or 0.0,
@@ -50,18 +53,32 @@ def settings(config: StageConfig, *, world_size: int, gpu: bool) -> dict[str, An
     }
 
 
+SCALE = "scale"
+"""Key of a parameter group: its learning rate as a share of the schedule's."""
+
+
 def groups(
-    named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    weight_decay: float,
+    vision_layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Split the trained parameters: matrices decay, biases and norms do not, as in transformers."""
-    trained = [one for _, one in named if one.requires_grad]
-    decayed = [one for one in trained if one.ndim > 1]
-    plain = [one for one in trained if one.ndim <= 1]
-    made = (
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    )
-    return [group for group in made if group["params"]]
+    """Split the trained parameters: matrices decay, biases and norms do not, as in transformers.
+
+    Source:
+        Layer-wise decay: BEiT (Bao et al. 2021), appendix; here over the vision tower alone.
+    """
+    trained = [(name, one) for name, one in named if one.requires_grad]
+    depth = 1 + max((vision_depth(name) or 0 for name, _ in trained), default=0)
+    made: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, one in trained:
+        place = vision_depth(name)
+        scale = 1.0 if place is None else (vision_layer_decay or 1.0) ** (depth - place)
+        made.setdefault((scale, weight_decay if one.ndim > 1 else 0.0), []).append(one)
+    return [
+        {"params": params, "weight_decay": decay, SCALE: scale}
+        for (scale, decay), params in made.items()
+    ]
 
 
 def initialise(model: nn.Module, config: StageConfig, *, world_size: int, gpu: bool) -> Any:
@@ -72,7 +89,11 @@ def initialise(model: nn.Module, config: StageConfig, *, world_size: int, gpu: b
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=groups(model.named_parameters(), weight_decay=config.weight_decay),
+        model_parameters=groups(
+            model.named_parameters(),
+            weight_decay=config.weight_decay,
+            vision_layer_decay=config.vision_layer_decay,
+        ),
         config=settings(config, world_size=world_size, gpu=gpu),
     )
     return engine

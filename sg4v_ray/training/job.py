@@ -9,17 +9,14 @@ from typing import Final
 
 from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Ref
-from sg4v_ray.core.errors import TooManyRejects
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.training.checkpoint import Progress
 from sg4v_ray.training.config import StageConfig
-from sg4v_ray.training.loop import LossNotFinite
-from sg4v_ray.training.plan import Plan, total_steps
+from sg4v_ray.training.loop import LASTING
+from sg4v_ray.training.plan import Lengths, Plan, total_steps, unknown_lengths
 
-TOKENIZER: Final = "start/tokenizer.json"
 OUTCOME: Final = "outcome.json"
-LASTING: Final = {one.__name__: one for one in (LossNotFinite, TooManyRejects)}
-"""Errors that all ranks meet at the same step, and would meet again after a restart."""
+BY_NAME: Final = {one.__name__: one for one in LASTING}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +31,10 @@ class Job:
     root: str
     out: Ref
     threads: int
+    step_deadline_s: float
     gpu: bool
     progress: bool
+    held_out: Ref | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,22 +45,36 @@ class Outcome:
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     """sha256 of the files of the model folder."""
     error: str = ""
-    """Name of a class of `LASTING`, or empty."""
+    """Name of a class of `BY_NAME`, or empty."""
     message: str = ""
 
 
-def make_plan(stage: StageConfig, num_samples: int) -> Plan:
-    """Return the steps of a stage over a dataset of some size."""
+def make_plan(stage: StageConfig, lengths: Lengths) -> Plan:
+    """Return the steps of a stage over the samples of a dataset."""
     steps = total_steps(
-        num_samples=num_samples,
+        num_samples=len(lengths),
         global_batch=stage.global_batch,
         epochs=stage.epochs,
         max_steps=stage.max_steps,
     )
     return Plan(
-        num_samples=num_samples,
+        lengths=lengths,
         global_batch=stage.global_batch,
         micro_batch=stage.micro_batch,
         total_steps=steps,
         seed=stage.seed,
+        window=stage.length_window,
+        micro_tokens=stage.micro_tokens,
     )
+
+
+def one_epoch(stage: StageConfig, num_samples: int) -> Plan:
+    """Return a pass over a dataset that is not trained on, in its own batches."""
+    plan = Plan(
+        lengths=unknown_lengths(num_samples),
+        global_batch=stage.global_batch,
+        micro_batch=stage.micro_batch,
+        total_steps=1,
+        seed=stage.seed,
+    )
+    return dataclasses.replace(plan, total_steps=plan.steps_per_epoch)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,17 +17,18 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from sg4v_ray.batch.generate import ModelSource
+from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.config import content_of, load, to_plain
 from sg4v_ray.core.errors import ConfigError, ContractError
 from sg4v_ray.core.lease import Lease, hold
 from sg4v_ray.core.storage import Storage
-from sg4v_ray.core.where import Where
+from sg4v_ray.core.where import Where, seconds_of
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.training import checkpoint
 from sg4v_ray.training.config import Fresh, StageConfig
-from sg4v_ray.training.job import LASTING, OUTCOME, TOKENIZER, Job, Outcome, make_plan
+from sg4v_ray.training.job import BY_NAME, OUTCOME, Job, Outcome
+from sg4v_ray.training.lengths import TOKENIZER, Ruler, measure
 from sg4v_ray.training.samples import open_samples
 
 _RESTARTS: Final = 3
@@ -36,9 +38,18 @@ _MODEL_FACT: Final = "model"
 
 
 def run(
-    config: StageConfig, *, start: Ref | Fresh, dataset: Ref, out: Ref, where: Where
+    config: StageConfig,
+    *,
+    start: Ref | Fresh,
+    dataset: Ref,
+    out: Ref,
+    where: Where,
+    held_out: Ref | None = None,
 ) -> Manifest:
     """Train the model `out`; open it if it is finished, go on with it if it was begun.
+
+    Args:
+        held_out: a dataset that is not trained on, whose loss is looked at now and then.
 
     Raises:
         ArtifactMissing: the dataset or the model to start from is not finished.
@@ -49,17 +60,20 @@ def run(
     """
     storage = where.storage
     inputs = _inputs(storage, start, dataset)
+    if held_out is not None:
+        inputs |= {str(held_out): find(storage, held_out).fingerprint}
     identity = content_of(config)
     if isinstance(start, Fresh):
         identity = {"stage": identity, "model": start.model, "seed": start.seed}
     if is_finished(storage, out, config=identity, inputs=inputs):
         return find(storage, out)
-    job = _job(config, start, dataset, out, where)
+    job = replace(_job(config, start, dataset, out, where), held_out=held_out)
     _check(job, where)
     home = begin(storage, out, identity, inputs=inputs)
     with hold(home) as lease:
-        if isinstance(start, Fresh):
-            home.put(TOKENIZER, Path(start.tokenizer_file).read_bytes())
+        home.put(TOKENIZER, _tokenizer(storage, start))
+        if config.length_window:
+            _measure(job, home)
         began = time.monotonic()
         home.delete(OUTCOME)
         _fit(job, home, where, lease)
@@ -90,6 +104,24 @@ def _inputs(storage: Storage, start: Ref | Fresh, dataset: Ref) -> dict[str, str
     return inputs | {"tokenizer.json": hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
 
 
+def _tokenizer(storage: Storage, start: Ref | Fresh) -> bytes:
+    if isinstance(start, Fresh):
+        return Path(start.tokenizer_file).read_bytes()
+    return storage.get(f"{start.path}/{MODEL_FOLDER}/tokenizer.json")
+
+
+def _measure(job: Job, home: Storage) -> None:
+    ruler = Ruler(
+        root=job.root,
+        dataset=job.dataset,
+        home=home.root,
+        template=job.stage.template,
+        num_image_tokens=job.model.num_image_tokens,
+        max_length=job.stage.max_length,
+    )
+    measure(ruler, len(open_samples(Storage(job.root), job.dataset)), show=job.progress)
+
+
 def _job(config: StageConfig, start: Ref | Fresh, dataset: Ref, out: Ref, where: Where) -> Job:
     source: ModelSource | int
     if isinstance(start, Fresh):
@@ -105,6 +137,7 @@ def _job(config: StageConfig, start: Ref | Fresh, dataset: Ref, out: Ref, where:
         root=where.root,
         out=out,
         threads=max(1, int(where.worker_cpus)),
+        step_deadline_s=seconds_of(where.step_deadline),
         gpu=where.train_gpu,
         progress=where.progress,
     )
@@ -139,10 +172,8 @@ def _check(job: Job, where: Where) -> None:
             f"{model.num_image_tokens} tokens of an image; raise it"
         )
     storage = Storage(job.root)
-    samples = open_samples(storage, job.dataset)
-    make_plan(stage, len(samples)).check_workers(where.train_workers)
-    if (found := checkpoint.newest(storage.sub(job.out.path))) is not None:
-        checkpoint.check_world_size(found, where.train_workers)
+    if not len(open_samples(storage, job.dataset)):
+        raise ConfigError(f"{job.dataset} has no samples; build it again")
     _check_cluster(where)
 
 
@@ -192,7 +223,7 @@ def read_outcome(home: Storage) -> Outcome:
     """Return what rank 0 wrote at the end of a run, or raise the error that ended it."""
     outcome = load(Outcome, json.loads(home.get(OUTCOME)))
     if outcome.error:
-        raise LASTING[outcome.error](outcome.message)
+        raise BY_NAME[outcome.error](outcome.message)
     return outcome
 
 
@@ -208,5 +239,6 @@ def _facts(job: Job, outcome: Outcome, *, seconds: float) -> dict[str, object]:
         "losses": list(progress.losses),
         "grad_norms": list(progress.grad_norms),
         "resumed_at": list(progress.resumed_at),
+        "held_out": [to_plain(one) for one in progress.held_out],
         "last_attempt_s": round(seconds, 1),
     }

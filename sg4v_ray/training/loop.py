@@ -7,24 +7,24 @@ code takes a mean of means, which weighs the tokens of short answers more.)
 """
 
 import dataclasses
+import faulthandler
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from sg4v_ray.core.errors import Sg4vError
+from sg4v_ray.core.errors import Sg4vError, TooManyRejects
 from sg4v_ray.core.rejects import RejectBudget
-from sg4v_ray.core.storage import Storage
 from sg4v_ray.model.conversation import IGNORE
-from sg4v_ray.training import checkpoint
 from sg4v_ray.training.batch import Batches, MicroBatch
-from sg4v_ray.training.checkpoint import Progress
+from sg4v_ray.training.checkpoint import Checkpoints, HeldOut, Progress
+from sg4v_ray.training.deepspeed import SCALE
 from sg4v_ray.training.schedule import Schedule
 
 # Shape letters used in this file:
@@ -38,6 +38,10 @@ class LossNotFinite(Sg4vError):
     """The loss or the gradient of a step is NaN or infinite; weights were not saved since."""
 
 
+LASTING: Final = (LossNotFinite, TooManyRejects)
+"""Errors that all ranks meet at the same step, and would meet again after a restart."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metrics:
     """What a run says of itself now and then."""
@@ -48,6 +52,8 @@ class Metrics:
     loss: float
     learning_rate: float
     grad_norm: float
+    held_out_loss: float | None
+    """The last one that was looked at."""
     samples_per_s: float
     tokens_per_s: float
     eta_s: float
@@ -72,9 +78,13 @@ class Loop:
     """DeepSpeed's."""
     batches: Batches
     schedule: Schedule
-    home: Storage
-    """Where checkpoints go."""
+    held_out: Batches | None
+    """Samples that are not trained on."""
+    held_out_every_steps: int | None
+    checkpoints: Checkpoints
     save_every_steps: int
+    step_deadline_s: float
+    """A step that takes longer ends this process, with the stacks of all its threads."""
     budget: RejectBudget
     dtype: torch.dtype
     """Of the model's weights, which images must have too."""
@@ -88,11 +98,27 @@ def train(loop: Loop) -> Progress:
         LossNotFinite: a step went wrong; the message names it.
         TooManyRejects: more samples are unusable than the budget allows.
     """
+    try:
+        progress = _train(loop)
+    except LASTING:  # every rank has come to this at the same step
+        loop.checkpoints.finish()
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    loop.checkpoints.finish()
+    return progress
+
+
+def _train(loop: Loop) -> Progress:
     plan, reasons = loop.batches.plan, Counter[str]()
-    progress = checkpoint.resume(loop.home, loop.engine)
+    progress = loop.checkpoints.resume()
     pace = _Pace(progress.step)
     for micro_batches in loop.batches.steps(progress.step):
-        counts, is_time = _agree(loop, micro_batches, is_time=pace.is_time())
+        # A rank that waits for ever for another says where, and ends: Ray starts all anew.
+        faulthandler.dump_traceback_later(loop.step_deadline_s, exit=True)
+        counts, is_time, is_written = _agree(loop, micro_batches, is_time=pace.is_time())
+        if is_written:
+            loop.checkpoints.finish()
         reasons.update(_reasons(micro_batches))
         loss, grad_norm = _step(loop, micro_batches, step=progress.step, labels=counts["labels"])
         pace.add(counts)
@@ -106,27 +132,39 @@ def train(loop: Loop) -> Progress:
         rejected = Counter(unreadable_image=progress.counts.get("rejected", 0))
         loop.budget.check(rejected=rejected, total=plan.num_planned)
         is_last = progress.step == plan.total_steps
-        must_save = is_last or progress.step % loop.save_every_steps == 0
+        if _is_due(progress.step, loop.held_out_every_steps, is_last=is_last):
+            looked = HeldOut(step=progress.step, loss=_held_out_loss(loop))
+            progress = dataclasses.replace(progress, held_out=(*progress.held_out, looked))
+        must_save = _is_due(progress.step, loop.save_every_steps, is_last=is_last)
+        must_hurry = False
         if is_time or is_last:
             loop.monitor.report(pace.metrics(loop, progress))
-            must_save = loop.monitor.should_save() or must_save
-        if must_save:
+            must_hurry = loop.monitor.should_save()
+        if must_save or must_hurry:
             progress = _with_reasons(progress, reasons)
             reasons.clear()
-            checkpoint.save(loop.home, loop.engine, progress)
+            loop.checkpoints.begin(progress)
+        if must_hurry:
+            loop.checkpoints.finish()
     return progress
 
 
 def _agree(
     loop: Loop, micro_batches: list[MicroBatch], *, is_time: bool
-) -> tuple[Counter[str], bool]:
-    """Add up the counts of a step over all ranks, and take the word of rank 0 on the time."""
+) -> tuple[Counter[str], bool, bool]:
+    """Add up the counts of a step over all ranks.
+
+    Returns:
+        The counts, whether rank 0 says that it is time, and whether all have written a checkpoint.
+    """
     local = sum((one.counts for one in micro_batches), Counter[str]())
-    mine = [*(local[name] for name in _COUNTED), int(is_time and dist.get_rank() == 0)]
+    says_time = int(is_time and dist.get_rank() == 0)
+    mine = [*(local[name] for name in _COUNTED), says_time, int(loop.checkpoints.is_written)]
     summed = torch.tensor(mine, dtype=torch.int64, device=loop.engine.device)
     dist.all_reduce(summed)
-    *counts, time_is_up = summed.tolist()
-    return Counter(dict(zip(_COUNTED, counts, strict=True))), bool(time_is_up)
+    *counts, time_is_up, written = summed.tolist()
+    is_written = written == dist.get_world_size()
+    return Counter(dict(zip(_COUNTED, counts, strict=True))), bool(time_is_up), is_written
 
 
 def _step(
@@ -137,11 +175,13 @@ def _step(
     # Nothing in the models draws numbers today. If something does, a resumed run draws the same.
     torch.manual_seed(hash((loop.batches.plan.seed, step, dist.get_rank())))
     for group in engine.optimizer.param_groups:
-        group["lr"] = loop.schedule.rate(step)
+        group["lr"] = loop.schedule.rate(step) * group[SCALE]
     # DeepSpeed divides by the number of ranks; it would divide by the accumulation steps too.
     scale = dist.get_world_size() / max(1, labels)
     total = torch.zeros((), device=engine.device)
     for number, batch in enumerate(micro_batches, start=1):
+        # Said, not counted by DeepSpeed: a step may have more or fewer than the one before.
+        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         loss_sum = _loss_sum(loop, batch)
         engine.backward(loss_sum * scale, scale_wrt_gas=False)
         total += loss_sum.detach()
@@ -154,6 +194,25 @@ def _step(
     grad_norm = norm if norm is not None else float(engine.get_global_grad_norm())
     _check_finite(grad_norm, "gradient norm", step)
     return loss, grad_norm
+
+
+def _is_due(step: int, every: int | None, *, is_last: bool) -> bool:
+    return every is not None and (is_last or step % every == 0)
+
+
+def _held_out_loss(loop: Loop) -> float:
+    """Return the mean loss of the labelled tokens of the samples that are not trained on."""
+    assert loop.held_out is not None
+    sums = torch.zeros(2, dtype=torch.float64, device=loop.engine.device)
+    loop.engine.eval()
+    with torch.no_grad():
+        for micro_batches in loop.held_out.steps(0):
+            for batch in micro_batches:
+                sums[0] += _loss_sum(loop, batch)
+                sums[1] += batch.counts["labels"]
+    loop.engine.train()
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1].clamp(min=1))
 
 
 def _loss_sum(loop: Loop, batch: MicroBatch) -> Tensor:
@@ -228,6 +287,7 @@ class _Pace:
             loss=progress.losses[-1],
             learning_rate=loop.schedule.rate(progress.step - 1),
             grad_norm=progress.grad_norms[-1],
+            held_out_loss=progress.held_out[-1].loss if progress.held_out else None,
             samples_per_s=self._counts["samples"] / seconds,
             tokens_per_s=self._counts["tokens"] / seconds,
             eta_s=per_step * (plan.total_steps - progress.step),

@@ -26,10 +26,13 @@ from sg4v_ray.model.conversation import Conversation, chat_template
 from sg4v_ray.model.freeze import freeze
 from sg4v_ray.model.processor import PixelMaker, save_processor
 from sg4v_ray.training.batch import Batches, RowRules, Rows
+from sg4v_ray.training.checkpoint import Checkpoints
 from sg4v_ray.training.deepspeed import initialise
-from sg4v_ray.training.job import LASTING, OUTCOME, TOKENIZER, Job, Outcome, make_plan
-from sg4v_ray.training.loop import Loop, Metrics, Monitor, train
-from sg4v_ray.training.samples import open_samples
+from sg4v_ray.training.job import OUTCOME, Job, Outcome, make_plan, one_epoch
+from sg4v_ray.training.lengths import TOKENIZER, read_lengths
+from sg4v_ray.training.loop import LASTING, Loop, Metrics, Monitor, train
+from sg4v_ray.training.plan import Plan, unknown_lengths
+from sg4v_ray.training.samples import Samples, open_samples
 from sg4v_ray.training.schedule import Schedule
 
 _log = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ def work(job: Job) -> None:
         loop = make_loop(job, home, folder, model, monitor)
         try:
             outcome = Outcome(progress=train(loop))
-        except tuple(LASTING.values()) as error:
+        except LASTING as error:
             outcome = Outcome(error=type(error).__name__, message=str(error))
         else:
             digests = _export(job, home, folder, model, loop.engine)
@@ -81,6 +84,8 @@ def prepare(job: Job, home: Storage, folder: Path) -> Any:
     freeze(model, stage.trainable)
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # It lets embeddings require a gradient, as LoRA needs: a frozen tower would run backward.
+        model.disable_input_require_grads()
     return model.train()
 
 
@@ -94,7 +99,7 @@ def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monito
         model: from `prepare`.
         monitor: hears of the progress.
     """
-    stage, rank, world_size = job.stage, dist.get_rank(), dist.get_world_size()
+    stage, world_size = job.stage, dist.get_world_size()
     samples = open_samples(Storage(job.root), job.dataset)
     rules = RowRules(
         geometry=stage.geometry,
@@ -103,25 +108,37 @@ def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monito
         max_length=stage.max_length,
         image_limits=stage.image_limits,
     )
-    plan = make_plan(stage, len(samples))
+    lengths = read_lengths(home) if stage.length_window else unknown_lengths(len(samples))
+    plan = make_plan(stage, lengths)
     engine = initialise(model, stage, world_size=world_size, gpu=job.gpu)
-    return Loop(
-        engine=engine,
-        batches=Batches(
-            plan=plan,
-            rows=Rows(samples, Conversation.open(folder, stage.template), rules),
+
+    def batches(of: Samples, planned: Plan) -> Batches:
+        return Batches(
+            plan=planned,
+            rows=Rows(of, Conversation.open(folder, stage.template), rules),
             normalise=PixelMaker.open(folder),
-            rank=rank,
+            rank=dist.get_rank(),
             world_size=world_size,
             threads=job.threads,
-        ),
+        )
+
+    held_out = None
+    if job.held_out is not None:
+        others = open_samples(Storage(job.root), job.held_out)
+        held_out = batches(others, one_epoch(stage, len(others)))
+    return Loop(
+        engine=engine,
+        batches=batches(samples, plan),
+        held_out=held_out,
+        held_out_every_steps=stage.held_out_every_steps,
         schedule=Schedule(
             peak=stage.learning_rate,
             warmup_ratio=stage.warmup_ratio,
             total_steps=plan.total_steps,
         ),
-        home=home,
+        checkpoints=Checkpoints(home, engine),
         save_every_steps=stage.save_every_steps,
+        step_deadline_s=job.step_deadline_s,
         budget=stage.budget,
         dtype=weights.to_dtype(stage.dtype),
         monitor=monitor,
@@ -177,10 +194,12 @@ def describe(metrics: Metrics) -> str:
     """Return one line on how a run is doing."""
     minutes, seconds = divmod(round(metrics.eta_s), 60)
     hours, minutes = divmod(minutes, 60)
+    loss = metrics.held_out_loss
+    held_out = "" if loss is None else f", held-out loss {loss:.4f}"
     return (
         f"step {metrics.step}/{metrics.total_steps} (epoch {metrics.epoch:.2f}), "
         f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.3g}, "
-        f"grad norm {metrics.grad_norm:.3g}, {metrics.samples_per_s:.1f} samples/s, "
+        f"grad norm {metrics.grad_norm:.3g}{held_out}, {metrics.samples_per_s:.1f} samples/s, "
         f"{metrics.tokens_per_s:.0f} tokens/s, {metrics.rejected} rejected, "
         f"{hours}:{minutes:02d}:{seconds:02d} left"
     )

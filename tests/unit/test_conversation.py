@@ -5,7 +5,6 @@ Every rule is held on the tokenizers that our models have: byte-level BPE (nano)
 with byte fallback, in each of the three ways in which Llama tokenizers are written to disk.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
-    AddedToken,
     Tokenizer,
-    decoders,
     models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
 )
 from transformers import PreTrainedTokenizerFast
 
@@ -29,75 +23,17 @@ from sg4v_ray.core.errors import ContractError, TemplateError
 from sg4v_ray.core.records import Turn
 from sg4v_ray.model import instructions
 from sg4v_ray.model.conversation import IGNORE, Conversation, TemplateName, chat_template
+from tests.unit.tokenizer_kinds import KINDS, SPECIALS, added, make
 
-SPECIALS = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
-CORPUS = [
-    "A chat between a curious user and an artificial intelligence assistant.",
-    "USER: What is in the image? ASSISTANT: A red circle left of a blue square, on white.",
-    "the image shows a small green triangle; the background is grey.\n\nIt is bright.",
-] * 4
-KINDS = ("byte_level", "llama_first", "llama_always", "llama_legacy")
 CHAT: tuple[TemplateName, ...] = ("vicuna_v1", "llava_v1")
 ALL: tuple[TemplateName, ...] = ("plain", *CHAT)
-
-
-def _added() -> list[AddedToken]:
-    return [AddedToken(one, special=True, normalized=False) for one in SPECIALS]
-
-
-def _byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=_added(),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-def _llama(kind: str) -> Tokenizer:
-    """Train Llama's kind of BPE, then write it down in one of its three forms."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=[*_added(), *(f"<0x{i:02X}>" for i in range(256))],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    data = json.loads(tokenizer.to_str())
-    # Byte tokens are vocabulary, not added tokens: as added ones they would match typed text.
-    data["added_tokens"] = [one for one in data["added_tokens"] if one["content"] in SPECIALS]
-    tokenizer = Tokenizer.from_str(json.dumps(data))
-    space = "\u2581"
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(space, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    if kind == "llama_legacy":
-        tokenizer.pre_tokenizer = None
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend(space), normalizers.Replace(" ", space)]
-        )
-    else:
-        scheme = kind.removeprefix("llama_")
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
-    return tokenizer
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     kind = request.param
-    tokenizer = _byte_level() if kind == "byte_level" else _llama(kind)
+    tokenizer = make(kind)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -203,7 +139,7 @@ def test_a_prompt_is_the_beginning_of_the_sample_that_answers_it(
 def test_a_token_that_is_prompt_and_answer_at_once_is_an_error_not_a_mask(tmp_path: Path) -> None:
     vocab = {one: i for i, one in enumerate(["<unk>", "A", ":", " ", ": "])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[(":", " ")], unk_token="<unk>"))
-    tokenizer.add_special_tokens(_added())
+    tokenizer.add_special_tokens(added())
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TemplateError, match="prompt and answer at once"):
         Conversation.open(tmp_path, "vicuna_v1").sample(_turns("A", "A"), num_images=0)
@@ -211,7 +147,7 @@ def test_a_token_that_is_prompt_and_answer_at_once_is_an_error_not_a_mask(tmp_pa
 
 def test_a_tokenizer_that_drops_characters_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={"A": 0}, merges=[]))  # no bytes, no <unk>
-    tokenizer.add_special_tokens(_added())
+    tokenizer.add_special_tokens(added())
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TemplateError, match="drops characters"):
         Conversation.open(tmp_path, "plain").sample(_turns("", "A b A"), num_images=0)

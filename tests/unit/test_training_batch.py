@@ -16,8 +16,10 @@ from sg4v_ray.model.conversation import IGNORE, Conversation
 from sg4v_ray.model.processor import PixelMaker
 from sg4v_ray.training import batch
 from sg4v_ray.training.batch import NO_LABELS, Batches, MicroBatch, RowRules, Rows, collate
-from sg4v_ray.training.plan import FILLER, Plan
+from sg4v_ray.training.plan import FILLER, Plan, unknown_lengths
 from sg4v_ray.training.samples import Samples
+
+pytestmark = pytest.mark.training
 
 TOKENS_AN_IMAGE, SIDE = 4, 16
 RULES = RowRules(
@@ -167,7 +169,7 @@ def test_a_resumed_worker_makes_the_batches_that_it_would_have_made(
     file: Path, tiny_model: Path
 ) -> None:
     batches = Batches(
-        plan=Plan(num_samples=5, global_batch=4, micro_batch=2, total_steps=5, seed=0),
+        plan=Plan(lengths=unknown_lengths(5), global_batch=4, micro_batch=2, total_steps=5, seed=0),
         rows=_rows(file, tiny_model),
         normalise=PIXELS,
         rank=1,

@@ -19,7 +19,7 @@ from sg4v_ray.core.records import Sample, Turn, schema, to_table
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
-from sg4v_ray.model.config import nano
+from sg4v_ray.model.config import ModelConfig, nano
 from sg4v_ray.model.freeze import FreezePlan
 from sg4v_ray.training import launch
 from sg4v_ray.training.config import Fresh, StageConfig
@@ -49,6 +49,7 @@ STAGE = StageConfig(
     learning_rate=5e-3,
     global_batch=8,
     micro_batch=4,
+    length_window=0,
     epochs=3.0,
     weight_decay=0.01,
     clip_norm=1.0,
@@ -62,7 +63,7 @@ STAGE = StageConfig(
 )
 
 
-def _samples(folder: Path) -> Iterator[Sample]:
+def _samples(folder: Path, text_every: int) -> Iterator[Sample]:
     for i in range(60):
         colour = COLOURS[i % len(COLOURS)]
         file = folder / f"{i}.png"
@@ -73,7 +74,12 @@ def _samples(folder: Path) -> Iterator[Sample]:
             Turn(role="user", text="Which colour?"),
             Turn(role="assistant", text=" ".join([colour] * (1 + i % 3))),
         )
-        yield Sample(id=str(i), source="test", uri=None if i % 10 == 3 else str(file), turns=turns)
+        yield Sample(
+            id=str(i),
+            source="test",
+            uri=None if i % text_every == 3 % text_every else str(file),
+            turns=turns,
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ class Site:
 
     root: Path
     tokenizer: Path
+    model: ModelConfig = TINY
+    dataset: Ref = DATASET
 
     @property
     def storage(self) -> Storage:
@@ -91,13 +99,13 @@ class Site:
         return Where(root=str(self.root), train_workers=workers, worker_cpus=0.5)
 
     def fresh(self) -> Fresh:
-        return Fresh(model=TINY, tokenizer_file=str(self.tokenizer), seed=3)
+        return Fresh(model=self.model, tokenizer_file=str(self.tokenizer), seed=3)
 
     def run(self, name: str, stage: StageConfig = STAGE, *, workers: int = 2) -> Manifest:
         return launch.run(
             stage,
             start=self.fresh(),
-            dataset=DATASET,
+            dataset=self.dataset,
             out=Ref(name=name),
             where=self.where(workers),
         )
@@ -108,8 +116,8 @@ class Site:
         return safetensors.torch.load_file(file)
 
 
-def make_site(folder: Path, tokenizer: Path) -> Site:
-    """Commit the dataset below `folder`."""
+def make_site(folder: Path, tokenizer: Path, *, text_every: int = 10) -> Site:
+    """Commit the dataset below `folder`; every so many samples have no image."""
     images = folder / "images"
     images.mkdir()
     site = Site(folder / "root", tokenizer)
@@ -117,7 +125,7 @@ def make_site(folder: Path, tokenizer: Path) -> Site:
     staging = folder / "staging"
     staging.mkdir()
     with pa.ipc.new_file(str(staging / "samples.arrow"), schema(Sample)) as writer:
-        rows = list(_samples(images))
+        rows = list(_samples(images, text_every))
         for start in range(0, len(rows), 25):  # several record batches, as large datasets have
             writer.write_table(to_table(Sample, rows[start : start + 25]))
     with hold(home) as lease:

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures that `make show-training`'s bench left are those that the paper's stages need."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.bench_training import RATIOS
+
+pytestmark = pytest.mark.shown
+
+FILE = Path(__file__).parents[2] / "runs" / "bench-training" / RATIOS
+
+
+@pytest.mark.parametrize(
+    ("figure", "most"),
+    [
+        ("plan_s_pretrain", 60),
+        ("plan_s_finetune", 60),
+        ("peak_mb", 2000),
+        ("padding_share_pretrain", 0.02),
+        ("padding_share_finetune", 0.06),
+    ],
+)
+def test_a_plan_is_built_soon_and_pads_little(figure: str, most: float) -> None:
+    assert json.loads(FILE.read_text())[figure] <= most

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training in processes of this machine, as Ray Train's workers are but without Ray.
+
+    python -m tests.with_ray.ranks PHASE.pickle RANK
+
+A phase is a run with some number of ranks that may end before its plan does.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sg4v_ray.core.artifact import Ref
+from sg4v_ray.training.checkpoint import Progress
+from sg4v_ray.training.config import StageConfig
+from tests.with_ray.training_site import Site
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A run of some ranks, to be stopped after a step."""
+
+    site: Site
+    name: str
+    stage: StageConfig
+    world_size: int
+    stop_at: int | None
+    rendezvous: str = field(default_factory=lambda: f"/tmp/sg4v-{uuid.uuid4().hex}")
+
+
+def run_phase(phase: Phase) -> Progress:
+    """Run a phase to its end and return how far it came; a hang ends by its step's deadline."""
+    file = phase.site.root.parent / f"{uuid.uuid4().hex}.pickle"
+    file.write_bytes(pickle.dumps(phase))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.with_ray.ranks", str(file), str(rank)],
+            cwd=REPOSITORY,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(phase.world_size)
+    ]
+    try:
+        errors = [one.communicate(timeout=580)[1] for one in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+    assert all(one.returncode == 0 for one in ranks), "\n".join(errors)[-4000:]
+    made: Progress = pickle.loads(Path(f"{phase.rendezvous}.progress").read_bytes())
+    return made
+
+
+def _main(file: Path, rank: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from sg4v_ray.training import loop as loops
+    from sg4v_ray.training.job import Job
+    from sg4v_ray.training.lengths import TOKENIZER
+    from sg4v_ray.training.loop import Metrics, train
+    from sg4v_ray.training.worker import make_loop, prepare
+
+    phase: Phase = pickle.loads(file.read_bytes())
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{phase.rendezvous}", rank=rank, world_size=phase.world_size
+    )
+    loops._REPORT_EVERY_S = 0.0
+
+    class Stopped(Exception):
+        pass
+
+    class Listener:
+        def report(self, metrics: Metrics) -> None:
+            self.step = metrics.step
+
+        def should_save(self) -> bool:
+            return self.step == phase.stop_at
+
+    home = phase.site.storage.sub(Ref(name=phase.name).path)
+    if rank == 0:
+        home.put(TOKENIZER, phase.site.tokenizer.read_bytes())
+    dist.barrier()
+    job = Job(
+        stage=phase.stage,
+        model=phase.site.model,
+        start=3,
+        dataset=phase.site.dataset,
+        root=str(phase.site.root),
+        out=Ref(name=phase.name),
+        threads=1,
+        step_deadline_s=150.0,
+        gpu=False,
+        progress=False,
+    )
+    folder = phase.site.root.parent / "models" / f"{phase.name}-{rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = make_loop(job, home, folder, prepare(job, home, folder), Listener())
+    if phase.stop_at is not None:
+        begin = made.checkpoints.begin
+
+        def last(progress: Progress) -> None:
+            begin(progress)
+            if progress.step == phase.stop_at:
+                made.checkpoints.finish()
+                raise Stopped(progress)
+
+        made.checkpoints.begin = last  # type: ignore[method-assign]
+    try:
+        progress = train(made)
+    except Stopped as stopped:
+        (progress,) = stopped.args
+    if rank == 0:
+        Path(f"{phase.rendezvous}.progress").write_bytes(pickle.dumps(progress))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]))
