@@ -9,7 +9,7 @@ CPUS := --where.engine-threads 2
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-teacher lock
+.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-teacher show-training lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,7 +60,7 @@ loop-baselines: .venv/installed  ## the same without good captions: one word eac
 show-line: .venv/installed  ## everything this repository claims and a script can show
 	$(MAKE) check
 	$(MAKE) clean-demo demo
-	$(RUN) pytest -m 'not gpu and not shown and not scale and not (teacher and soak)'
+	$(RUN) pytest -m 'not gpu and not shown and not scale and not (teacher and soak) and not (training and soak)'
 	$(MAKE) loop
 	$(RUN) pytest -m shown tests/shown/test_line.py
 
@@ -78,6 +78,12 @@ show-captioning-engine: .venv/installed  ## the same beside the bare engine and 
 show-teacher: .venv/installed  ## what is claimed about teacher captions (about 35 minutes)
 	$(MAKE) check
 	$(RUN) pytest -m teacher
+
+show-training: .venv/installed  ## what is claimed about training, weights and estimates (about 15 minutes)
+	$(MAKE) check
+	$(RUN) pytest -m training
+	$(RUN) jobs.bench_training --root $(ROOT)/bench-training
+	$(RUN) pytest -m shown tests/shown/test_training.py
 
 lock: .venv/installed  ## resolve the two lock files anew
 	$(BIN)/uv pip compile requirements-cpu.in --override requirements-cpu.overrides --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-cpu.lock
