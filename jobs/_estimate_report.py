@@ -9,7 +9,7 @@ from sg4v_ray.core.text_table import text_table
 from sg4v_ray.model.size import Parameters
 from sg4v_ray.recipes.sharegpt4v import Planned
 from sg4v_ray.training.cluster import GB, Captioning, Cluster, TeacherCaptions
-from sg4v_ray.training.estimate import Estimate, Memory, Run, busy_micro_batch
+from sg4v_ray.training.estimate import Estimate, Memory, Run, busy_micro_batch, needed_bytes
 
 _PUBLISHED_CAPTIONING: Final = "44 A100-days for 1.2M"
 _ASSUMED: Final = (
@@ -68,7 +68,9 @@ def as_text(report: Report) -> str:
     )
     warnings = [text for one in report.stages for text in _warnings(*one, cluster)]
     tables = [_parameters(report), _memory(report), *warnings, _time(report), *_captions(report)]
-    return "\n\n".join([head, *tables, _ASSUMED])
+    host = max(made.host_bytes for _, made in report.stages) / GB
+    start = f"At the start every process reads the whole model: {host:.0f} GB of memory on a node."
+    return "\n\n".join([head, *tables, start, _ASSUMED])
 
 
 def _parameters(report: Report) -> str:
@@ -98,7 +100,8 @@ def _memory(report: Report) -> str:
 def _warnings(plan: Planned, made: Estimate, cluster: Cluster) -> Iterator[str]:
     stage = plan.stage
     if not made.fits:
-        needs, has = made.memory.total / GB, cluster.usable_bytes / GB
+        needs = needed_bytes(made.memory, stage, plan.model) / GB
+        has = cluster.usable_bytes / GB
         then = "It fits with one of" if made.remedies else "No setting makes it fit: larger GPUs do"
         ways = [f"  {one.change}: {one.memory.total / GB:.1f} GB" for one in made.remedies]
         yield "\n".join([f"{stage.kind} does NOT fit: {needs:.1f} of {has:.1f} GB. {then}:", *ways])

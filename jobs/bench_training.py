@@ -63,11 +63,11 @@ def conversations(draw: np.random.Generator, max_length: int) -> Lengths:
 def measure(stage: StageConfig, lengths: Lengths) -> tuple[float, float]:
     """Return the seconds to build an epoch of a plan, and its share of padding."""
     began_s = time.monotonic()
-    plan = make_plan(stage, lengths)
+    # A micro-batch without an image gets a row with one, and its first token.
+    plan = make_plan(stage, lengths, image_row=llava_7b().num_image_tokens + 1)
     plan.micro_batches(0)
     took_s = time.monotonic() - began_s
-    # A micro-batch without an image gets a row with one, and its first token.
-    return took_s, padding_share(plan, image_row=llava_7b().num_image_tokens + 1)
+    return took_s, padding_share(plan)
 
 
 def run() -> None:

@@ -101,6 +101,8 @@ class Rows:
         if (kept := self._kept.get(index)) is not None:
             return kept
         row = self._make(self._samples[index])
+        if row.reject is not None:
+            return row  # the file may be there the next time
         pixels = 0 if row.pixels is None else row.pixels.nbytes
         with self._lock:
             self._free_bytes -= pixels + row.token_ids.nbytes + row.labels.nbytes

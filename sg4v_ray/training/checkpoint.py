@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sg4v_ray.core.config import load as load_config
-from sg4v_ray.core.errors import ConfigError, StorageError
-from sg4v_ray.core.storage import Storage
-from sg4v_ray.training.fragments import KINDS, Piece, inner_optimizer, pieces, restore
+from sg4v_ray.core.errors import ConfigError, Sg4vError, StorageError
+from sg4v_ray.core.storage import Storage, is_local, local_path, sha256_of
+from sg4v_ray.training.fragments import KINDS, Piece, inner_optimizer, is_whole, pieces, restore
 
 T = TypeVar("T")
 State: TypeAlias = dict[tuple[str, str], Tensor]
@@ -39,6 +39,10 @@ FOLDER: Final = "checkpoints"
 _COMPLETE: Final = "complete.json"
 KEEP: Final = 2
 """The newest may turn out damaged: then the one before it is used."""
+
+
+class CheckpointsDamaged(Sg4vError):
+    """There are checkpoints, and none can be read: days of work may be in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +123,7 @@ class Checkpoints:
         self.finish()
         name = _from_first(lambda: f"{progress.step:08d}-{uuid.uuid4().hex[:8]}")
         optimizer = inner_optimizer(self._engine)
-        writes = dist.get_rank() == 0 or not self._is_copy
+        writes = dist.get_rank() == 0 or not is_whole(self._engine)
         copies = {
             f"{kind}/{piece.name}": piece.read(optimizer, kind).to("cpu", copy=True)
             for piece in self._pieces
@@ -129,17 +133,25 @@ class Checkpoints:
         written = self._pool.submit(self._write, f"{FOLDER}/{name}", copies)
         self._writing = (name, progress, written)
 
-    @property
-    def _is_copy(self) -> bool:
-        """Say whether all ranks hold the same pieces."""
-        return all(piece.numel == piece.size for piece in self._pieces) and bool(self._pieces)
-
     def _write(self, path: str, copies: dict[str, Tensor]) -> dict[str, str]:
         if not copies:
             return {}
-        with tempfile.TemporaryDirectory(prefix="sg4v-checkpoint-") as folder:
-            save_file(copies, Path(folder, _file_of(dist.get_rank())))
-            return self._home.upload(Path(folder), path)
+        name = _file_of(dist.get_rank())
+        try:
+            if is_local(self._home.root):  # nobody reads it before its record is there
+                file = local_path(self._home.uri(f"{path}/{name}"))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_file(copies, file)
+                return {name: sha256_of(file)}
+            with tempfile.TemporaryDirectory(prefix="sg4v-checkpoint-") as folder:
+                save_file(copies, Path(folder, name))
+                return self._home.upload(Path(folder), path)
+        except (OSError, SafetensorError) as error:
+            size = sum(one.nbytes for one in copies.values()) / 1e9
+            raise StorageError(
+                f"a checkpoint's part of {size:.1f} GB could not be written ({error}); make room, "
+                "or set TMPDIR to a disk with more"
+            ) from error
 
     def finish(self) -> None:
         """Wait until all ranks have written what was begun, and complete it."""
@@ -147,11 +159,18 @@ class Checkpoints:
             return
         (name, progress, written), self._writing = self._writing, None
         gathered = _gather((written.result(), self._my_parts() if written.result() else {}))
+        parts: dict[str, list[Part]] = defaultdict(list)
+        for _, held in gathered:
+            for parameter, part in held.items():
+                parts[parameter].append(part)
+        for piece in self._pieces:  # on every rank, so that all end here together
+            found = sum(one.numel for one in parts[piece.name])
+            if found != piece.size:
+                raise StorageError(
+                    f"checkpoint {name} has {found} of {piece.size} numbers of {piece.name}, so "
+                    "it is not completed; install the locked version of DeepSpeed"
+                )
         if dist.get_rank() == 0:
-            parts: dict[str, list[Part]] = defaultdict(list)
-            for _, held in gathered:
-                for parameter, part in held.items():
-                    parts[parameter].append(part)
             record = Checkpoint(
                 name=name,
                 progress=progress,
@@ -173,8 +192,13 @@ class Checkpoints:
     def resume(self) -> Progress:
         """Put the newest sound state into DeepSpeed, if there is one.
 
-        One with a file that is missing or not as it was written is skipped with a warning.
+        One with a file that is missing or not as it was written is skipped with a warning, and
+        will not count among those that are kept.
+
+        Raises:
+            CheckpointsDamaged: there are some, and none can be read.
         """
+        damaged: list[str] = []
         for name in _from_first(lambda: _complete(self._home)):
             state, record, problem = self._try_to_read(name)
             problems = [one for one in _gather(problem) if one is not None]
@@ -183,11 +207,21 @@ class Checkpoints:
                     _log.warning(
                         "checkpoint %s is skipped, the one before is used: %s", name, problems[0]
                     )
+                damaged.append(f"{name}: {problems[0]}" if problems else name)
                 continue
+            if dist.get_rank() == 0:
+                for one in damaged:
+                    _retire(self._home, one.split(":")[0])
             restore(self._engine, self._pieces, state, record.progress.updates)
             _log.info("resumed from checkpoint %s", name)
             resumed = (*record.progress.resumed_at, record.progress.step)
             return dataclasses.replace(record.progress, resumed_at=resumed)
+        if damaged:
+            raise CheckpointsDamaged(
+                f"all {len(damaged)} checkpoints in {self._home.uri(FOLDER)} are damaged "
+                f"({damaged[0]}); restore one from a copy, or delete that folder to train from the "
+                "beginning"
+            )
         return Progress()
 
     def _try_to_read(self, name: str) -> tuple[State, Checkpoint | None, str | None]:
@@ -282,6 +316,13 @@ def _prune(home: Storage, keep: int) -> None:
     kept = set(names[:keep]) | _best(home, names)
     for name in sorted({path.split("/")[1] for path in home.list(FOLDER)} - kept):
         home.delete(f"{FOLDER}/{name}")
+
+
+def _retire(home: Storage, name: str) -> None:
+    """Take a damaged checkpoint out of those that are complete; the next one removes it."""
+    path = f"{FOLDER}/{name}"
+    home.put(f"{path}/damaged.json", home.get(f"{path}/{_COMPLETE}"))
+    home.delete(f"{path}/{_COMPLETE}")
 
 
 def _best(home: Storage, names: list[str]) -> set[str]:

@@ -73,8 +73,8 @@ class StageConfig:
     save_every_steps: int = 250
     """Steps between checkpoints, 40 minutes at 7B on 16 A100s. (Published: 50,000, so none.)"""
     held_out_every_steps: int | None = None
-    """Steps between looks at the loss of samples that are not trained on; the checkpoint with the
-    least of it is kept. Needs a `held_out` dataset. (Published: none.)"""
+    """Steps between looks at the loss of samples that are not trained on; until the run ends the
+    checkpoint with the least of it is kept. Needs a `held_out` dataset. (Published: none.)"""
     seed: int = 42
     """Order of the samples; transformers' default."""
     image_limits: ImageLimits = field(default_factory=ImageLimits)

@@ -95,6 +95,8 @@ class Estimate:
     fits: bool
     remedies: tuple[Remedy, ...]
     """Empty if it fits, or if nothing of ours makes it fit."""
+    host_bytes: float
+    """Host memory of a node at the start: each process reads the whole model."""
     steps: int
     tflops_per_sample: float
     """Of the model: forward and backward, without what is computed again."""
@@ -118,8 +120,9 @@ def estimate(
     """
     if not 0 < mfu <= 1:
         raise ConfigError(f"mfu must be above 0 and at most 1, got {mfu:g}; 0.2 to 0.5 is usual")
-    memory = memory_of(stage, model, cluster)
-    fits = memory.total <= cluster.usable_bytes
+    text_only = data.images < 1
+    memory = memory_of(stage, model, cluster, text_only=text_only)
+    fits = needed_bytes(memory, stage, model) <= cluster.usable_bytes
     steps = total_steps(
         num_samples=data.samples,
         global_batch=stage.global_batch,
@@ -136,7 +139,8 @@ def estimate(
         trainable=count_trainable(model, stage.trainable),
         memory=memory,
         fits=fits,
-        remedies=() if fits else remedies(stage, model, cluster),
+        remedies=() if fits else remedies(stage, model, cluster, text_only=text_only),
+        host_bytes=cluster.gpus_per_node * _number_bytes(stage) * count_parameters(model).total,
         steps=steps,
         tflops_per_sample=flops / 1e12,
         busy=busy,
@@ -156,8 +160,22 @@ def mfu_of(run: Run, stage: StageConfig, model: ModelConfig, data: Data) -> floa
     return done / (run.hours * 3600 * run.gpus * KNOWN_GPUS[run.gpu].tflops * 1e12)
 
 
-def memory_of(stage: StageConfig, model: ModelConfig, cluster: Cluster) -> Memory:
+def needed_bytes(memory: Memory, stage: StageConfig, model: ModelConfig) -> float:
+    """Return the most that one GPU holds: in a step, or before it.
+
+    Source:
+        DeepSpeed 0.19.8's engine moves the whole model to the GPU before ZeRO shards it.
+    """
+    return max(memory.total, _number_bytes(stage) * count_parameters(model).total)
+
+
+def memory_of(
+    stage: StageConfig, model: ModelConfig, cluster: Cluster, *, text_only: bool = False
+) -> Memory:
     """Return the bytes that one GPU holds at the worst moment of a step.
+
+    Args:
+        text_only: there are micro-batches without an image; a row with one joins them.
 
     Source:
         ZeRO (Rajbhandari et al. 2020), section 3.1: with Adam in mixed precision 2 bytes a
@@ -174,14 +192,16 @@ def memory_of(stage: StageConfig, model: ModelConfig, cluster: Cluster) -> Memor
         weights=number * total / by_stage[0],
         gradients=number * trained / by_stage[1],
         optimizer=states * trained / by_stage[2],
-        activations=activations_of(stage, model).peak,
+        activations=activations_of(stage, model, text_only=text_only).peak,
         buffers=number * _buffered(stage, total=total, trained=trained) if cluster.gpus > 1 else 0,
     )
 
 
-def activations_of(stage: StageConfig, model: ModelConfig) -> Activations:
+def activations_of(
+    stage: StageConfig, model: ModelConfig, *, text_only: bool = False
+) -> Activations:
     """Return the bytes of activations of the longest micro-batch: every row of `max_length`."""
-    tokens = stage.micro_batch * stage.max_length
+    tokens = (stage.micro_batch + text_only) * stage.max_length
     if stage.micro_tokens is not None:
         tokens = min(tokens, max(stage.micro_tokens, stage.max_length))
     return count_activations(
@@ -208,7 +228,9 @@ def busy_micro_batch(stage: StageConfig, gpus: int) -> int | None:
     return None
 
 
-def remedies(stage: StageConfig, model: ModelConfig, cluster: Cluster) -> tuple[Remedy, ...]:
+def remedies(
+    stage: StageConfig, model: ModelConfig, cluster: Cluster, *, text_only: bool = False
+) -> tuple[Remedy, ...]:
     """Return each one-setting change that makes a stage fit, the mildest first.
 
     Where no single one is enough: all of them together, with as few more GPUs as possible.
@@ -216,8 +238,8 @@ def remedies(stage: StageConfig, model: ModelConfig, cluster: Cluster) -> tuple[
 
     def first_that_fits(changes: Iterator[_Change]) -> list[Remedy]:
         for what, changed, on in changes:
-            memory = memory_of(changed, model, on)
-            if memory.total <= on.usable_bytes:
+            memory = memory_of(changed, model, on, text_only=text_only)
+            if needed_bytes(memory, changed, model) <= on.usable_bytes:
                 return [Remedy(change=what, stage=changed, cluster=on, memory=memory)]
         return []
 

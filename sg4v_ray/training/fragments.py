@@ -69,7 +69,7 @@ def pieces(engine: Any) -> list[Piece]:
     total = torch.tensor([sum(one.numel for one in found)], device=engine.device)
     dist.all_reduce(total)
     trained = sum(_size(one) for one in engine.module.parameters() if one.requires_grad)
-    copies = dist.get_world_size() if _is_whole(engine) else 1
+    copies = dist.get_world_size() if is_whole(engine) else 1
     if int(total) != trained * copies:
         raise ContractError(
             f"of {trained} trained numbers {int(total)} were found in DeepSpeed's buffers; install "
@@ -82,7 +82,7 @@ def _size(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _is_whole(engine: Any) -> bool:
+def is_whole(engine: Any) -> bool:
     """Say whether every rank holds the optimizer's whole state."""
     return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
 
@@ -90,7 +90,7 @@ def _is_whole(engine: Any) -> bool:
 def _pieces_of(engine: Any, name: str, parameter: Any) -> Iterator[Piece]:
     optimizer = engine.optimizer
     size = _size(parameter)
-    if _is_whole(engine):
+    if is_whole(engine):
         yield Piece(name, 0, size, size, parameter, 0)
     elif engine.zero_optimization_stage() == 3:
         group, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -135,7 +135,7 @@ def restore(
     if engine.zero_optimization_stage() == 3:
         _refresh_sharded(engine.optimizer)
         engine.optimizer.checkpoint_event_epilogue()
-    elif not _is_whole(engine):
+    elif not is_whole(engine):
         engine.optimizer.update_lp_params()
 
 

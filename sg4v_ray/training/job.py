@@ -49,8 +49,12 @@ class Outcome:
     message: str = ""
 
 
-def make_plan(stage: StageConfig, lengths: Lengths) -> Plan:
-    """Return the steps of a stage over the samples of a dataset."""
+def make_plan(stage: StageConfig, lengths: Lengths, *, image_row: int) -> Plan:
+    """Return the steps of a stage over the samples of a dataset.
+
+    Args:
+        image_row: tokens of the row that joins a micro-batch without an image.
+    """
     steps = total_steps(
         num_samples=len(lengths),
         global_batch=stage.global_batch,
@@ -65,15 +69,19 @@ def make_plan(stage: StageConfig, lengths: Lengths) -> Plan:
         seed=stage.seed,
         window=stage.length_window,
         micro_tokens=stage.micro_tokens,
+        image_row=image_row,
     )
 
 
 def one_epoch(stage: StageConfig, num_samples: int) -> Plan:
     """Return a pass over a dataset that is not trained on, in its own batches."""
+    rows = stage.micro_batch
+    if stage.micro_tokens is not None:  # all of them may be of the full length
+        rows = max(1, min(rows, stage.micro_tokens // stage.max_length))
     plan = Plan(
         lengths=unknown_lengths(num_samples),
         global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
+        micro_batch=rows,
         total_steps=1,
         seed=stage.seed,
     )

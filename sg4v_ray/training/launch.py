@@ -172,8 +172,13 @@ def _check(job: Job, where: Where) -> None:
             f"{model.num_image_tokens} tokens of an image; raise it"
         )
     storage = Storage(job.root)
-    if not len(open_samples(storage, job.dataset)):
-        raise ConfigError(f"{job.dataset} has no samples; build it again")
+    for one in (job.dataset, *([job.held_out] if job.held_out else [])):
+        if not len(open_samples(storage, one)):
+            raise ConfigError(f"{one} has no samples; build it again")
+    if (job.held_out is None) != (stage.held_out_every_steps is None):
+        raise ConfigError("held_out and held_out_every_steps belong together; give both or neither")
+    if job.held_out == job.dataset:
+        raise ConfigError(f"held_out is {job.held_out}, which is trained on; give another dataset")
     _check_cluster(where)
 
 

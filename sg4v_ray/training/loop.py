@@ -23,7 +23,7 @@ from sg4v_ray.core.errors import Sg4vError, TooManyRejects
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.model.conversation import IGNORE
 from sg4v_ray.training.batch import Batches, MicroBatch
-from sg4v_ray.training.checkpoint import Checkpoints, HeldOut, Progress
+from sg4v_ray.training.checkpoint import Checkpoints, CheckpointsDamaged, HeldOut, Progress
 from sg4v_ray.training.deepspeed import SCALE
 from sg4v_ray.training.schedule import Schedule
 
@@ -38,7 +38,7 @@ class LossNotFinite(Sg4vError):
     """The loss or the gradient of a step is NaN or infinite; weights were not saved since."""
 
 
-LASTING: Final = (LossNotFinite, TooManyRejects)
+LASTING: Final = (LossNotFinite, TooManyRejects, CheckpointsDamaged)
 """Errors that all ranks meet at the same step, and would meet again after a restart."""
 
 
@@ -114,8 +114,7 @@ def _train(loop: Loop) -> Progress:
     progress = loop.checkpoints.resume()
     pace = _Pace(progress.step)
     for micro_batches in loop.batches.steps(progress.step):
-        # A rank that waits for ever for another says where, and ends: Ray starts all anew.
-        faulthandler.dump_traceback_later(loop.step_deadline_s, exit=True)
+        _set_deadline(loop)
         counts, is_time, is_written = _agree(loop, micro_batches, is_time=pace.is_time())
         if is_written:
             loop.checkpoints.finish()
@@ -201,18 +200,32 @@ def _is_due(step: int, every: int | None, *, is_last: bool) -> bool:
 
 
 def _held_out_loss(loop: Loop) -> float:
-    """Return the mean loss of the labelled tokens of the samples that are not trained on."""
-    assert loop.held_out is not None
-    sums = torch.zeros(2, dtype=torch.float64, device=loop.engine.device)
+    """Return the mean loss of the labelled tokens of the samples that are not trained on.
+
+    Raises:
+        TooManyRejects: more of them are unusable than the budget allows.
+    """
+    assert loop.held_out is not None  # checked before a worker starts
+    sums = torch.zeros(4, dtype=torch.float64, device=loop.engine.device)
     loop.engine.eval()
     with torch.no_grad():
         for micro_batches in loop.held_out.steps(0):
+            _set_deadline(loop)
             for batch in micro_batches:
                 sums[0] += _loss_sum(loop, batch)
-                sums[1] += batch.counts["labels"]
+                for place, name in enumerate(("labels", "rejected", "samples"), start=1):
+                    sums[place] += batch.counts[name]
+    _set_deadline(loop)
     loop.engine.train()
     dist.all_reduce(sums)
-    return float(sums[0] / sums[1].clamp(min=1))
+    loss, labels, rejected, samples = sums.tolist()
+    loop.budget.check(rejected=Counter(unreadable_image=int(rejected)), total=int(samples))
+    return loss / max(1.0, labels)
+
+
+def _set_deadline(loop: Loop) -> None:
+    """Let this process say where it stands, and end, if it is not done in time."""
+    faulthandler.dump_traceback_later(loop.step_deadline_s, exit=True)
 
 
 def _loss_sum(loop: Loop, batch: MicroBatch) -> Tensor:

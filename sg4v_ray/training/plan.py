@@ -64,6 +64,8 @@ class Plan:
     """Global batches that are sorted by length together; 0 sorts nothing."""
     micro_tokens: int | None = None
     """Tokens of a micro-batch, at most, padding included; needs a window."""
+    image_row: int = 0
+    """Tokens of the row without weight that joins a micro-batch without an image."""
     _epochs: dict[int, list[Numbers]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
@@ -134,34 +136,28 @@ class Plan:
                 yield tuple(piece.tolist())
             return
         rows: list[int] = []
-        longest = 0
         for sample in batch.tolist():
-            longer = max(longest, int(self.lengths.tokens[sample]))
-            count = len(rows) + 1
-            if rows and (count > self.micro_batch or count * longer > self.micro_tokens):
+            more = [*rows, sample]
+            if rows and (len(more) > self.micro_batch or self.held(more) > self.micro_tokens):
                 yield tuple(rows)
-                rows, longer = [], int(self.lengths.tokens[sample])
-            rows.append(sample)
-            longest = longer
+                more = [sample]
+            rows = more
         yield tuple(rows)
 
+    def held(self, rows: list[int]) -> int:
+        """Return the tokens that a worker holds for a micro-batch, padding included."""
+        longest, extra = int(self.lengths.tokens[rows].max()), 0
+        if self.image_row and not self.lengths.has_image[rows].any():
+            longest, extra = max(longest, self.image_row), 1
+        return (len(rows) + extra) * longest
 
-def padding_share(plan: Plan, epoch: int = 0, *, image_row: int = 0) -> float:
-    """Return the share of an epoch's tokens that are padding, or a row without weight.
 
-    Args:
-        image_row: tokens of the row that joins a micro-batch without an image.
-    """
-    tokens, has_image = plan.lengths.tokens, plan.lengths.has_image
-    real = whole = 0
+def padding_share(plan: Plan, epoch: int = 0) -> float:
+    """Return the share of an epoch's tokens that are padding, or a row without weight."""
     first = epoch * plan.steps_per_epoch
-    for step in range(first, first + plan.steps_per_epoch):
-        for rows in plan.micro_batches(step):
-            of_rows = tokens[list(rows)]
-            extra = 0 if has_image[list(rows)].any() else int(image_row > 0)
-            real += int(of_rows.sum())
-            whole += (len(rows) + extra) * max(int(of_rows.max()), image_row * extra)
-    return 1 - real / whole
+    steps = range(first, first + plan.steps_per_epoch)
+    whole = sum(plan.held(list(rows)) for step in steps for rows in plan.micro_batches(step))
+    return 1 - int(plan.lengths.tokens.sum(dtype=np.int64)) / whole
 
 
 def total_steps(

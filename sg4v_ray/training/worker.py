@@ -109,7 +109,7 @@ def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monito
         image_limits=stage.image_limits,
     )
     lengths = read_lengths(home) if stage.length_window else unknown_lengths(len(samples))
-    plan = make_plan(stage, lengths)
+    plan = make_plan(stage, lengths, image_row=job.model.num_image_tokens + 1)
     engine = initialise(model, stage, world_size=world_size, gpu=job.gpu)
 
     def batches(of: Samples, planned: Plan) -> Batches:

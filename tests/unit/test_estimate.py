@@ -75,6 +75,22 @@ def test_each_zero_stage_shards_one_part_more() -> None:
     assert [one.weights / (2 * every) for one in parts] == [1, 1, 1 / 16]
 
 
+def test_a_model_must_fit_before_it_is_sharded() -> None:
+    small = Cluster(gpu="small", memory_gb=24, tflops=100, nodes=8)
+    found = _estimate("pretrain", small, model=llava_13b(), micro_batch=1)
+    assert found.memory.total < small.usable_bytes < 2 * count_parameters(llava_13b()).total
+    assert not found.fits
+    assert not found.remedies
+
+
+def test_text_alone_takes_a_row_more() -> None:
+    stage = _stage("finetune")
+    with_images, text = (
+        memory_of(stage, llava_7b(), PAPER, text_only=one).activations for one in (False, True)
+    )
+    assert text == pytest.approx(with_images * 9 / 8, rel=0.02)
+
+
 def test_buffers_are_those_of_the_settings_that_deepspeed_gets() -> None:
     made = settings(_stage("pretrain"), world_size=16, gpu=True)["zero_optimization"]
     assert made["stage3_max_live_parameters"] == LIVE_PARAMETERS

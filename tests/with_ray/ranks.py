@@ -8,6 +8,7 @@ A phase is a run with some number of ranks that may end before its plan does.
 
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import uuid
@@ -31,7 +32,13 @@ class Phase:
     stage: StageConfig
     world_size: int
     stop_at: int | None
-    rendezvous: str = field(default_factory=lambda: f"/tmp/sg4v-{uuid.uuid4().hex}")
+    port: int = field(default_factory=lambda: _free_port())
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def run_phase(phase: Phase) -> Progress:
@@ -54,8 +61,8 @@ def run_phase(phase: Phase) -> Progress:
     finally:
         for one in ranks:
             one.kill()
-    assert all(one.returncode == 0 for one in ranks), "\n".join(errors)[-4000:]
-    made: Progress = pickle.loads(Path(f"{phase.rendezvous}.progress").read_bytes())
+    assert all(one.returncode == 0 for one in ranks), "\n".join(one[-4000:] for one in errors)
+    made: Progress = pickle.loads(file.with_suffix(".progress").read_bytes())
     return made
 
 
@@ -73,7 +80,10 @@ def _main(file: Path, rank: int) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{phase.rendezvous}", rank=rank, world_size=phase.world_size
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{phase.port}",
+        rank=rank,
+        world_size=phase.world_size,
     )
     loops._REPORT_EVERY_S = 0.0
 
@@ -99,7 +109,7 @@ def _main(file: Path, rank: int) -> None:
         root=str(phase.site.root),
         out=Ref(name=phase.name),
         threads=1,
-        step_deadline_s=150.0,
+        step_deadline_s=60.0,
         gpu=False,
         progress=False,
     )
@@ -121,7 +131,7 @@ def _main(file: Path, rank: int) -> None:
     except Stopped as stopped:
         (progress,) = stopped.args
     if rank == 0:
-        Path(f"{phase.rendezvous}.progress").write_bytes(pickle.dumps(progress))
+        file.with_suffix(".progress").write_bytes(pickle.dumps(progress))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.model.weights import create
 from sg4v_ray.training import checkpoint, loop
-from sg4v_ray.training.checkpoint import Progress
+from sg4v_ray.training.checkpoint import CheckpointsDamaged, Progress
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.job import Job
 from sg4v_ray.training.launch import read_outcome
@@ -296,6 +296,17 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_the_one_before_is_used(
     assert progress.resumed_at == (10,)
     assert progress.losses == whole.progress.losses
     assert f"checkpoint {name} is skipped, the one before is used" in caplog.text
+    assert len(run.steps()) == 2, "it takes no place of a sound one"
+
+
+def test_when_all_checkpoints_are_damaged_nothing_is_trained_anew_in_silence(run: Run) -> None:
+    run.train()
+    for path in list(run.home.list(checkpoint.FOLDER)):
+        if path.endswith(".safetensors"):
+            run.home.put(path, b"damaged")
+    with pytest.raises(CheckpointsDamaged, match=r"all 2 checkpoints .* restore one"):
+        run.train()
+    assert run.steps() == [10, 12], "a person may still mend them"
 
 
 @pytest.mark.parametrize(

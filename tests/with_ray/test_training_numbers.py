@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sg4v_ray.model.config import nano
 from sg4v_ray.model.conversation import IGNORE, Conversation
-from sg4v_ray.model.freeze import freeze
+from sg4v_ray.model.freeze import ALIGN, freeze
 from sg4v_ray.model.processor import PixelMaker, save_processor
 from sg4v_ray.model.weights import create
 from sg4v_ray.training.batch import RowRules, Rows, collate
@@ -23,7 +23,7 @@ from sg4v_ray.training.plan import unknown_lengths
 from sg4v_ray.training.samples import open_samples
 from sg4v_ray.training.schedule import Schedule
 from tests.with_ray.ranks import Phase, run_phase
-from tests.with_ray.training_site import STAGE, Site, make_site
+from tests.with_ray.training_site import STAGE, TINY, Site, make_site
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
 NANO = replace(nano(400), max_positions=256)
@@ -56,7 +56,7 @@ def plain_losses(site: Site, folder: Path) -> list[float]:
     )
     samples = open_samples(site.storage, site.dataset)
     rows = Rows(samples, Conversation.open(folder, STAGE.template), rules)
-    plan = make_plan(STAGE_20, unknown_lengths(len(samples)))
+    plan = make_plan(STAGE_20, unknown_lengths(len(samples)), image_row=0)
     model = create(NANO, seed=3).train()
     freeze(model, STAGE.trainable)
     optimizer = torch.optim.AdamW(
@@ -119,6 +119,16 @@ def test_a_run_may_go_on_with_other_numbers_of_workers(site: Site, zero_stage: i
     assert made.losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
 
 
+def test_a_projector_alone_is_saved_whole_though_each_worker_holds_whole_parameters(
+    site: Site,
+) -> None:
+    stage = replace(STAGE_20, zero_stage=1, trainable=ALIGN, max_steps=6)
+    tiny = replace(site, model=TINY)
+    for world_size, stop_at in ((2, 3), (1, None)):
+        made = run_phase(Phase(tiny, "projector", stage, world_size, stop_at))
+    assert made.resumed_at == (3,)
+
+
 @pytest.mark.soak
 def test_text_and_images_in_every_arrangement_over_two_ranks_end_without_a_hang(
     tmp_path: Path, tiny_model: Path
@@ -132,7 +142,7 @@ def test_text_and_images_in_every_arrangement_over_two_ranks_end_without_a_hang(
     assert len(both.losses) == 200
     assert both.losses == pytest.approx(alone.losses, rel=1e-3)
     samples = open_samples(site.storage, site.dataset)
-    plan = make_plan(stage, unknown_lengths(len(samples)))
+    plan = make_plan(stage, unknown_lengths(len(samples)), image_row=0)
     kinds = {
         tuple(
             samples[plan.share(step, rank=rank, world_size=2)[0][0]].uri is None for rank in (0, 1)
