@@ -91,6 +91,7 @@ def test_a_job_that_is_late_takes_what_there_is_and_says_so_and_prometheus_has_i
     }
 
 
+@pytest.mark.scale
 def test_money_ends_a_job_before_it_is_spent_and_more_money_goes_on(
     tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -102,14 +102,15 @@ def test_plain_torch_learns_what_the_golden_file_says(site: Site, tmp_path: Path
     assert golden[-1] < 0.5 * golden[0]
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("zero_stage", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_two_sharded_workers_learn_the_same(site: Site, zero_stage: int) -> None:
     stage = replace(STAGE_20, zero_stage=zero_stage, micro_batch=2)
     made = run_phase(Phase(site, f"zero-{zero_stage}", stage, 2, None))
     assert made.losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
 
 
-@pytest.mark.parametrize("zero_stage", [pytest.param(2, marks=pytest.mark.soak), 3])
+@pytest.mark.soak
+@pytest.mark.parametrize("zero_stage", [2, 3])
 def test_a_run_may_go_on_with_other_numbers_of_workers(site: Site, zero_stage: int) -> None:
     stage = replace(STAGE_20, zero_stage=zero_stage)
     name = f"changing-{zero_stage}"
@@ -119,6 +120,7 @@ def test_a_run_may_go_on_with_other_numbers_of_workers(site: Site, zero_stage: i
     assert made.losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
 
 
+@pytest.mark.soak
 def test_a_projector_alone_is_saved_whole_though_each_worker_holds_whole_parameters(
     site: Site,
 ) -> None:
