@@ -256,7 +256,9 @@ def test_a_token_of_7b_takes_half_a_mebibyte_of_kv_cache() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.soak)], ids=str
+)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_activations_are_those_that_autograd_keeps(

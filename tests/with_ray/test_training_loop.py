@@ -326,7 +326,13 @@ def test_a_run_may_go_on_under_another_zero_stage(
 
 @pytest.mark.parametrize(
     ("dtype", "zero_stage"),
-    [("float32", 0), ("float32", 2), ("float32", 3), ("bfloat16", 2), ("bfloat16", 3)],
+    [
+        ("float32", 0),
+        ("float32", 2),
+        pytest.param("float32", 3, marks=pytest.mark.soak),
+        ("bfloat16", 2),
+        ("bfloat16", 3),
+    ],
 )
 def test_a_resumed_run_is_the_run_that_was_not_stopped_to_the_bit(
     run: Run, site: Site, dtype: str, zero_stage: int
