@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 FOLDER: Final = "checkpoints"
 _COMPLETE: Final = "complete.json"
-KEEP: Final = 2
+_KEEP: Final = 2
 """The newest may turn out damaged: then the one before it is used."""
 
 
@@ -58,23 +58,16 @@ class Progress:
     """How far a run is: with the plan, all of its state that is not the optimizer's."""
 
     step: int = 0
-    """Steps of the plan that are done; the plan gives epoch and position from it."""
+    """Steps done, an update each; the plan gives epoch and position from it."""
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     """Samples, tokens, labels, rejected rows by reason, over all ranks since step 0."""
     losses: tuple[float, ...] = ()
     """Loss of each step."""
     grad_norms: tuple[float, ...] = ()
     """Gradient norm of each step, before clipping."""
-    skipped: tuple[int, ...] = ()
-    """Steps whose update was not made: their loss had jumped."""
     held_out: tuple[HeldOut, ...] = ()
     resumed_at: tuple[int, ...] = ()
     """Steps at which a run took over from one that was stopped."""
-
-    @property
-    def updates(self) -> int:
-        """Updates that the optimizer has made."""
-        return self.step - len(self.skipped)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +94,8 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run, on one rank. All ranks call its methods together."""
 
-    def __init__(self, home: Storage, engine: Any, *, keep: int = KEEP) -> None:
-        self._home, self._engine, self._keep = home, engine, keep
+    def __init__(self, home: Storage, engine: Any) -> None:
+        self._home, self._engine = home, engine
         self._pieces = pieces(engine)
         self._pool = ThreadPoolExecutor(1, "sg4v-checkpoint")
         self._writing: tuple[str, Progress, Future[dict[str, str]]] | None = None
@@ -179,7 +172,7 @@ class Checkpoints:
             )
             data = json.dumps(dataclasses.asdict(record)).encode()
             self._home.put(f"{FOLDER}/{name}/{_COMPLETE}", data)
-            _prune(self._home, self._keep)
+            _prune(self._home)
         dist.barrier()
 
     def _my_parts(self) -> dict[str, Part]:
@@ -212,7 +205,7 @@ class Checkpoints:
             if dist.get_rank() == 0:
                 for one in damaged:
                     _retire(self._home, one.split(":")[0])
-            restore(self._engine, self._pieces, state, record.progress.updates)
+            restore(self._engine, self._pieces, state, record.progress.step)
             _log.info("resumed from checkpoint %s", name)
             resumed = (*record.progress.resumed_at, record.progress.step)
             return dataclasses.replace(record.progress, resumed_at=resumed)
@@ -310,10 +303,10 @@ def _complete(home: Storage) -> list[str]:
     return sorted((path.split("/")[1] for path in found), reverse=True)
 
 
-def _prune(home: Storage, keep: int) -> None:
+def _prune(home: Storage) -> None:
     """Delete all but the newest complete checkpoints and the best, unfinished ones too."""
     names = _complete(home)
-    kept = set(names[:keep]) | _best(home, names)
+    kept = set(names[:_KEEP]) | _best(home, names)
     for name in sorted({path.split("/")[1] for path in home.list(FOLDER)} - kept):
         home.delete(f"{FOLDER}/{name}")
 

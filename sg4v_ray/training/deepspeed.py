@@ -10,6 +10,7 @@ from torch import nn
 
 from sg4v_ray.model.freeze import vision_depth
 from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.schedule import SCALE
 
 # Values of the published scripts/zero2.json and zero3.json (ShareGPT4Omni/ShareGPT4V@b6f70e9).
 _SUB_GROUP_SIZE = 1_000_000_000
@@ -51,10 +52,6 @@ def settings(config: StageConfig, *, world_size: int, gpu: bool) -> dict[str, An
             },
         },
     }
-
-
-SCALE = "scale"
-"""Key of a parameter group: its learning rate as a share of the schedule's."""
 
 
 def groups(

@@ -24,8 +24,7 @@ from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.model.conversation import IGNORE
 from sg4v_ray.training.batch import Batches, MicroBatch
 from sg4v_ray.training.checkpoint import Checkpoints, CheckpointsDamaged, HeldOut, Progress
-from sg4v_ray.training.deepspeed import SCALE
-from sg4v_ray.training.schedule import Schedule
+from sg4v_ray.training.schedule import SCALE, Schedule
 
 # Shape letters used in this file:
 #   B  rows of a micro-batch    T  tokens of its longest row    V  vocabulary

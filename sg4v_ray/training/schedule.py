@@ -3,6 +3,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Final
+
+SCALE: Final = "scale"
+"""Key of an optimizer's parameter group: its learning rate as a share of the schedule's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -92,3 +92,12 @@ def test_a_planted_torch_import_is_caught(copy: Path) -> None:
 def test_package_files_are_empty() -> None:
     inits = [*REPO.glob("sg4v_ray/**/__init__.py"), REPO / "jobs/__init__.py"]
     assert [str(one) for one in inits if one.read_text()] == []
+
+
+def test_the_training_driver_imports_neither_deepspeed_nor_transformers() -> None:
+    script = (
+        "import sys, sg4v_ray.training.launch\n"
+        "print(sorted({'transformers', 'vllm', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = run(REPO, sys.executable, "-c", script)
+    assert done.stdout.strip() == "[]", done.stderr
