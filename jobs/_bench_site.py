@@ -26,7 +26,10 @@ _ROWS_PER_FILE = 50_000
 
 
 def model_150m() -> ModelConfig:
-    """Return a LLaVA of 150M parameters: a ViT of 12 x 384 at 224/16, a Llama of 30 x 576."""
+    """Return a ViT of 12 x 384 at 224/16 and a Llama of 30 x 576: 185M parameters.
+
+    150M when the head is the embedding, as in the language model that it is shaped after.
+    """
     return ModelConfig(
         name="bench-150m",
         image_size=224,

@@ -18,7 +18,7 @@ import tyro
 
 from jobs._cli import main
 from sg4v_ray.model.config import llava_7b
-from sg4v_ray.recipes.sharegpt4v import CAPTIONED_IMAGES, DATA, finetune_7b, pretrain_7b
+from sg4v_ray.recipes.sharegpt4v import CAPTIONED_IMAGES, DATA, finetune, pretrain
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.job import make_plan
 from sg4v_ray.training.plan import Lengths, padding_share
@@ -74,9 +74,8 @@ def run() -> None:
     """Run the bench with the flags of this process."""
     bench = tyro.cli(Bench, description=__doc__)
     draw = np.random.default_rng(0)
-    pretrain, finetune = pretrain_7b(), finetune_7b()
-    pretrain_s, pretrain_share = measure(pretrain, captions(draw))
-    finetune_s, finetune_share = measure(finetune, conversations(draw, finetune.max_length))
+    pretrain_s, pretrain_share = measure(pretrain(), captions(draw))
+    finetune_s, finetune_share = measure(finetune(), conversations(draw, finetune().max_length))
     ratios = {
         "case": "ratios",
         "plan_s_pretrain": round(pretrain_s, 2),

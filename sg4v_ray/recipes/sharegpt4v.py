@@ -4,7 +4,8 @@
 Sources, where a line names none:
     stage 0 (align): haotian-liu/LLaVA, scripts/v1_5/pretrain.sh and README;
     pretrain, finetune: ShareGPT4Omni/ShareGPT4V@b6f70e9, scripts/sharegpt4v/slurm_pretrain_7b.sh
-    and slurm_finetune_7b.sh. The 13B scripts differ in the base model only.
+    and slurm_finetune_7b.sh. The 13B scripts differ in the base
+    model only, so a stage is the same for both.
 
 `StageConfig`'s defaults are the rest of these scripts: cosine after a warm-up of 0.03, bf16, AdamW
 without weight decay, activation checkpointing, 2,048 tokens, one epoch, no clipping. Ours: rows are
@@ -25,7 +26,7 @@ from sg4v_ray.training.estimate import Data, Run, mfu_of
 Size = Literal["7b", "13b", "nano"]
 
 
-def align_7b() -> StageConfig:
+def align() -> StageConfig:
     """Stage 0, LLaVA-1.5's: only the projector learns. 8 GPUs x 32."""
     return StageConfig(
         kind="align",
@@ -39,10 +40,10 @@ def align_7b() -> StageConfig:
     )
 
 
-def captioner_7b() -> StageConfig:
+def captioner() -> StageConfig:
     """Share-Captioner's training, ours: nothing of the published one is known but its 100K images.
 
-    Batch, rate and freezing are those of `pretrain_7b`. The template and geometry are those that
+    Batch, rate and freezing are those of `pretrain`. The template and geometry are those that
     it will be asked with. Clipping is ours too: losses were seen to jump where a tower trains
     (InternLM-XComposer issue 106).
     """
@@ -59,7 +60,7 @@ def captioner_7b() -> StageConfig:
     )
 
 
-def pretrain_7b(vision_from_block: int | None = PRETRAIN.vision_from_block) -> StageConfig:
+def pretrain(vision_from_block: int | None = PRETRAIN.vision_from_block) -> StageConfig:
     """Stage 1: language model, projector and the latter half of the tower. 16 GPUs x 16.
 
     Args:
@@ -80,7 +81,7 @@ def pretrain_7b(vision_from_block: int | None = PRETRAIN.vision_from_block) -> S
     )
 
 
-def finetune_7b() -> StageConfig:
+def finetune() -> StageConfig:
     """Stage 2: language model and projector. 16 GPUs x 8."""
     return StageConfig(
         kind="finetune",
@@ -92,26 +93,6 @@ def finetune_7b() -> StageConfig:
         micro_batch=8,
         zero_stage=3,
     )
-
-
-def align_13b() -> StageConfig:
-    """The same with Vicuna-13B (scripts/v1_5/pretrain.sh of LLaVA-1.5-13B)."""
-    return align_7b()
-
-
-def captioner_13b() -> StageConfig:
-    """Ours, as `captioner_7b`."""
-    return captioner_7b()
-
-
-def pretrain_13b(vision_from_block: int | None = PRETRAIN.vision_from_block) -> StageConfig:
-    """The same with Vicuna-13B."""
-    return pretrain_7b(vision_from_block)
-
-
-def finetune_13b() -> StageConfig:
-    """The same with Vicuna-13B."""
-    return finetune_7b()
 
 
 TEACHER_IMAGES: Final = 102_025
@@ -167,20 +148,12 @@ RUNS: Final[Mapping[tuple[Size, StageKind], Run]] = MappingProxyType(
 )
 """Published runs. Those of ShareGPT4V-13B were not."""
 
-STAGES_7B: Final[Mapping[StageKind, Callable[[], StageConfig]]] = MappingProxyType(
+STAGES: Final[Mapping[StageKind, Callable[[], StageConfig]]] = MappingProxyType(
     {
-        "align": align_7b,
-        "captioner": captioner_7b,
-        "pretrain": pretrain_7b,
-        "finetune": finetune_7b,
-    }
-)
-STAGES_13B: Final[Mapping[StageKind, Callable[[], StageConfig]]] = MappingProxyType(
-    {
-        "align": align_13b,
-        "captioner": captioner_13b,
-        "pretrain": pretrain_13b,
-        "finetune": finetune_13b,
+        "align": align,
+        "captioner": captioner,
+        "pretrain": pretrain,
+        "finetune": finetune,
     }
 )
 
@@ -216,7 +189,7 @@ def published_mfu(size: Size, kind: StageKind) -> float:
     """Return the model FLOPs utilisation of the published run that is nearest to this stage."""
     keys: tuple[tuple[Size, StageKind], ...] = ((size, kind), ("7b", kind), ("7b", "pretrain"))
     at, of = next(key for key in keys if key in RUNS)
-    stage = (STAGES_13B if at == "13b" else STAGES_7B)[of]()
+    stage = STAGES[of]()
     return mfu_of(RUNS[at, of], stage, _MODELS[at](), DATA[of])
 
 
@@ -230,4 +203,4 @@ def _stages(size: Size) -> list[StageConfig]:
         line = easy_vqa.easy_vqa()
         steps = (line.align, line.captioner, line.pretrain, line.finetune)
         return [step.config for step in steps if step is not None]
-    return [make() for make in (STAGES_13B if size == "13b" else STAGES_7B).values()]
+    return [make() for make in STAGES.values()]

@@ -17,7 +17,7 @@ from sg4v_ray.model.config import ModelConfig, llava_7b, llava_13b, nano
 from sg4v_ray.model.freeze import FINETUNE, PRETRAIN, freeze
 from sg4v_ray.model.size import count_parameters, count_trainable
 from sg4v_ray.recipes import sharegpt4v
-from sg4v_ray.recipes.sharegpt4v import DATA, RUNS, STAGES_7B, STAGES_13B, planned
+from sg4v_ray.recipes.sharegpt4v import DATA, RUNS, STAGES, planned
 from sg4v_ray.recipes.teacher import GPT_4O_PRICES
 from sg4v_ray.training.cluster import KNOWN_GPUS, Cluster, captioning, teacher_captions
 from sg4v_ray.training.config import StageConfig
@@ -110,7 +110,7 @@ def test_a_cap_of_tokens_caps_the_activations() -> None:
 
 
 def _stage(kind: Any) -> StageConfig:
-    return STAGES_7B[kind]()
+    return STAGES[kind]()
 
 
 def _estimate(
@@ -270,21 +270,20 @@ def test_a_cluster_of_nothing_is_refused(field: str) -> None:
 
 
 def test_unlocking_another_block_is_one_number() -> None:
-    assert sharegpt4v.pretrain_7b().trainable == PRETRAIN
-    other = sharegpt4v.pretrain_7b(vision_from_block=18)
+    assert sharegpt4v.pretrain().trainable == PRETRAIN
+    other = sharegpt4v.pretrain(vision_from_block=18)
     assert other.trainable.vision_from_block == 18
-    assert sharegpt4v.pretrain_13b(vision_from_block=None).trainable == FINETUNE
+    assert sharegpt4v.pretrain(vision_from_block=None).trainable == FINETUNE
 
 
 def test_the_published_stages_have_the_published_values() -> None:
-    rows = {kind: make() for kind, make in STAGES_7B.items()}
+    rows = {kind: make() for kind, make in STAGES.items()}
     assert [one.kind for one in rows.values()] == list(rows)
     assert [one.learning_rate for one in rows.values()] == [1e-3, 2e-5, 2e-5, 2e-5]
     assert [one.global_batch for one in rows.values()] == [256, 256, 256, 128]
     assert [one.micro_batch for one in rows.values()] == [32, 16, 16, 8]
     assert [one.zero_stage for one in rows.values()] == [2, 3, 3, 3]
     assert [one.clip_norm for one in rows.values()] == [None, 1.0, None, None]
-    assert {kind: make() for kind, make in STAGES_13B.items()} == rows
 
 
 # The job
@@ -319,6 +318,6 @@ def test_json_is_one_object(
     size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = json.loads(_run(monkeypatch, capsys, size, "--json", "--mfu", "0.4"))
-    assert [one["stage"] for one in found["stages"]] == list(STAGES_7B)
+    assert [one["stage"] for one in found["stages"]] == list(STAGES)
     assert {one["mfu"] for one in found["stages"]} == {0.4}
     assert (found["captioning"] is None) == (size == "nano")

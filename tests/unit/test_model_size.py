@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
+from jobs._bench_site import model_150m
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.model.config import ModelConfig, llava_7b, nano, to_transformers
 from sg4v_ray.model.freeze import ALIGN, FINETUNE, PRETRAIN, FreezePlan, freeze, trainable
@@ -48,22 +49,7 @@ TINY = replace(
     vision_width=64,
     vocab_size=900,
 )
-MIDDLE = replace(
-    nano(vocab_size=49_152),
-    name="middle",
-    image_size=224,
-    patch_size=16,
-    vision_width=384,
-    vision_mlp=1536,
-    vision_layers=12,
-    vision_heads=6,
-    text_width=576,
-    text_mlp=1536,
-    text_layers=30,
-    text_heads=9,
-    text_kv_heads=3,
-)
-"""185M parameters: SmolLM2-135M's shape, untied, behind a small tower."""
+MIDDLE = model_150m()
 TEXT_TOKENS = 36
 
 
