@@ -66,7 +66,8 @@ class Status:
     """By reason, of this run."""
     rows_per_s: float
     """Of the last two minutes."""
-    tokens_per_s: float
+    tokens_per_s: float | None
+    """None while a teacher's batches are waited for: they tell requests alone."""
     eta_s: float | None
     actors: int
     ready_actors: int

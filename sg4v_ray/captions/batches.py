@@ -107,8 +107,8 @@ class Batches:
         self._not_yet: dict[str, str] = {}
         """Our name and the input file of batches that found the provider's queue full."""
 
-    async def resume(self) -> int:
-        """Take up the batches of this collection's earlier jobs; return how many are under way.
+    async def resume(self) -> None:
+        """Take up the batches of this collection's earlier jobs.
 
         Raises:
             ConfigError: one is at another URL.
@@ -135,7 +135,6 @@ class Batches:
                     self._answers.keys.add(note.key)
                     self._desk.purse.reserve(note.usd)
         self._put |= self._answers.keys
-        return len(self._under_way)
 
     def counts(self) -> BatchCounts:
         """Return how far the batches are."""

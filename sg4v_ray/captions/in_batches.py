@@ -84,7 +84,7 @@ class BatchProgress:
             total=self._total,
             rejected=dict(sorted(rejected.items())),
             rows_per_s=round(rate, 2),
-            tokens_per_s=0.0,
+            tokens_per_s=None,
             eta_s=round((self._total - done) / rate, 1) if runs else None,
             actors=0,
             ready_actors=0,
