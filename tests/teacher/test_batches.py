@@ -2,7 +2,6 @@
 """The Batch API: whatever becomes of a batch, every answer is there once and at half the price."""
 
 import asyncio
-import hashlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,59 +12,15 @@ from openai import AsyncOpenAI
 
 from sg4v_ray.captions.batch_api import BatchApi
 from sg4v_ray.captions.batches import BatchCounts, BatchLimits
-from sg4v_ray.captions.charges import Ask
-from sg4v_ray.captions.ledger import Ledger, Paid
-from sg4v_ray.captions.prompts import OBJECTS_2026_11
-from sg4v_ray.core.errors import ConfigError, ContractError, MoneySpent, TeacherUnusable
-from sg4v_ray.core.price import ImageTokens, PriceTable
+from sg4v_ray.captions.ledger import Ledger
+from sg4v_ray.core.errors import ConfigError, ContractError, TeacherUnusable
 from sg4v_ray.core.storage import Storage
-from tests.teacher.desk_site import JOB, KEY, ask, endpoint, opened, picture
+from tests.teacher.batch_site import ASKS, LIMITS, in_batches, online
+from tests.teacher.desk_site import JOB, KEY, endpoint, opened
 from tests.teacher_server.config import BatchPlan, ServerConfig
 from tests.teacher_server.running import Running, serving
 
 pytestmark = pytest.mark.teacher
-
-LIMITS = BatchLimits(max_requests=25, max_bytes=10**6, poll_s=0.1)
-ASKS = [ask(n) for n in range(100)]
-TOO_CHEAP = PriceTable(
-    input_usd_per_mtok=100.0,
-    output_usd_per_mtok=0.1,
-    image=ImageTokens(base=5, per_tile=5),  # the provider counts 85 and 170
-)
-
-
-def large_ask(number: int) -> Ask:
-    """Return an ask about an image of four tiles."""
-    image = picture(number, size=(600, 600))
-    return Ask(f"{number}", image, hashlib.sha256(image).hexdigest(), OBJECTS_2026_11)
-
-
-async def in_batches(
-    root: Path,
-    provider: Running,
-    writer: int = 1,
-    *,
-    limits: BatchLimits = LIMITS,
-    **changes: Any,
-) -> float:
-    """Send all asks in batches and wait for them; return what was spent."""
-    where = endpoint(provider.url, **changes)
-    async with opened(root, where, writer=writer, limits=limits) as site:
-        for one in ASKS:
-            await site.batches.add(one)
-        await site.batches.finish()
-        assert not site.ledger.open
-        assert site.desk.purse.reserved_usd == pytest.approx(0.0, abs=1e-9)
-        return site.desk.purse.spent_usd
-
-
-async def online(root: Path, provider: Running, writer: int) -> list[Paid]:
-    """Ask all online, as a job does once earlier batches have ended."""
-    async with opened(root, endpoint(provider.url), writer=writer) as site:
-        await site.batches.finish()
-        answers = await site.ask_all(ASKS)
-        assert all(isinstance(one, Paid) for one in answers)
-        return answers  # type: ignore[return-value]
 
 
 def test_expired_partial_and_shuffled_batches_leave_a_complete_result_at_half_price(
@@ -284,38 +239,6 @@ def test_counts_that_say_nothing_do_no_harm(tmp_path: Path) -> None:
         assert len(provider.entries("batch_line")) == 100
 
 
-def test_a_wrong_price_table_is_corrected_before_a_batch_is_reserved(tmp_path: Path) -> None:
-    config = ServerConfig(usd_per_million_input=100.0, usd_per_million_output=0.1)
-    with serving(config, tmp_path / "provider.jsonl") as provider:
-        cap = 1.0
-        where = endpoint(provider.url, prices=TOO_CHEAP, max_usd=cap)
-
-        async def collect() -> None:
-            async with opened(tmp_path / "ledger", where, limits=LIMITS) as site:
-                for number in range(60):
-                    await site.batches.add(large_ask(number))
-
-        with pytest.raises(MoneySpent, match=r"one more request may cost \$0\.0"):
-            asyncio.run(collect())
-        assert 0.8 * cap < provider.billed_usd() <= cap
-
-
-def test_a_price_table_that_is_wrong_many_times_is_corrected_once(tmp_path: Path) -> None:
-    config = ServerConfig(usd_per_million_input=100.0, usd_per_million_output=0.1)
-    with serving(config, tmp_path / "provider.jsonl") as provider:
-
-        async def collect() -> float:
-            where = endpoint(provider.url, prices=TOO_CHEAP)
-            async with opened(tmp_path / "ledger", where) as site:
-                await site.ask_all([large_ask(number) for number in range(30)])
-                one, charges = large_ask(31), site.desk.charges
-                return charges.sent("t", "k", JOB, one, charges.bounds(one)).usd
-
-        reserved = asyncio.run(collect())
-        dearest = max(one["usd"] for one in provider.entries("request"))
-        assert dearest <= reserved < 1.1 * dearest
-
-
 def test_a_refused_batch_says_what_to_change(tmp_path: Path) -> None:
     plans = (BatchPlan(fail="mismatched_model"),)
     with serving(ServerConfig(batch_plans=plans), tmp_path / "provider.jsonl") as provider:
@@ -376,22 +299,6 @@ def test_an_earlier_runs_batch_is_waited_for_before_anything_is_asked_online(
         assert len(provider.entries("batch_line")) == len(provider.entries("request")) == 50
 
 
-def test_a_usage_that_is_too_small_is_charged_in_full(tmp_path: Path) -> None:
-    config = ServerConfig(faults={"usage_small": 1.0})
-    with serving(config, tmp_path / "provider.jsonl") as provider:
-        spent = asyncio.run(in_batches(tmp_path / "ledger", provider))
-        assert spent >= provider.billed_usd() > 0
-
-
-def test_an_empty_account_ends_a_job_at_once(tmp_path: Path) -> None:
-    plans = (BatchPlan(no_money=True),)
-    with (
-        serving(ServerConfig(batch_plans=plans), tmp_path / "provider.jsonl") as provider,
-        pytest.raises(TeacherUnusable, match="exceeded your current quota"),
-    ):
-        asyncio.run(in_batches(tmp_path / "ledger", provider))
-
-
 def test_what_a_killed_job_uploaded_and_never_used_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,11 +320,3 @@ def test_what_a_killed_job_uploaded_and_never_used_is_deleted(
         asyncio.run(in_batches(tmp_path / "ledger", provider, writer=2))
         assert asyncio.run(files(provider)) == []
         assert len(provider.entries("batch_line")) == 100
-
-
-def test_the_cap_holds_for_batches_too(tmp_path: Path) -> None:
-    with serving(ServerConfig(), tmp_path / "provider.jsonl") as provider:
-        cap = 0.06  # all hundred cost about 0.12, and each reserves 0.004
-        with pytest.raises(MoneySpent):
-            asyncio.run(in_batches(tmp_path / "ledger", provider, max_usd=cap))
-        assert 0.9 * cap < provider.billed_usd() <= cap

@@ -32,6 +32,7 @@ class Phase:
     stage: StageConfig
     world_size: int
     stop_at: int | None
+    step_deadline_s: float = 60.0
     port: int = field(default_factory=lambda: _free_port())
 
 
@@ -109,7 +110,7 @@ def _main(file: Path, rank: int) -> None:
         root=str(phase.site.root),
         out=Ref(name=phase.name),
         threads=1,
-        step_deadline_s=60.0,
+        step_deadline_s=phase.step_deadline_s,
         gpu=False,
         progress=False,
     )

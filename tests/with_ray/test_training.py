@@ -25,7 +25,10 @@ from sg4v_ray.core.storage import Storage
 from sg4v_ray.model.conversation import Conversation
 from sg4v_ray.model.weights import create, load
 from sg4v_ray.training import checkpoint, launch
+from sg4v_ray.training.batch import RowRules, Rows
 from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.lengths import read_lengths
+from sg4v_ray.training.samples import open_samples
 from tests.with_ray.training_site import DATASET, STAGE, TINY, Site, make_site
 
 DRIVER = """
@@ -143,6 +146,33 @@ def test_three_killed_workers_and_three_killed_drivers_leave_the_weights_to_the_
     expected, got = site.weights("undisturbed"), site.weights("killed")
     assert expected.keys() == got.keys()
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
+
+
+def test_rows_sorted_by_length_are_all_trained_on_and_their_lengths_are_those_of_the_rows(
+    site: Site, tmp_path: Path, ray_cluster: None
+) -> None:
+    stage = replace(STAGE, length_window=2, epochs=1.0)
+    done = site.run("sorted", stage)
+    assert done.counts["samples"] == 60
+    home = site.storage.sub(Ref(name="sorted").path)
+    measured = read_lengths(home)
+    (tmp_path / "tokenizer.json").write_bytes(site.tokenizer.read_bytes())
+    rules = RowRules(
+        geometry=stage.geometry,
+        image_size=TINY.image_size,
+        num_image_tokens=TINY.num_image_tokens,
+        max_length=stage.max_length,
+        image_limits=stage.image_limits,
+    )
+    samples = open_samples(site.storage, DATASET)
+    rows = Rows(samples, Conversation.open(tmp_path, stage.template), rules)
+    made = [rows(index) for index in range(60)]
+    good = [index for index, row in enumerate(made) if row.reject is None]
+    assert len(good) == 59, "one image is broken, and its length is that of a whole one"
+    assert [len(made[index].token_ids) for index in good] == measured.tokens[good].tolist()
+    assert [row.uri is not None for row in map(samples.__getitem__, range(60))] == (
+        measured.has_image.tolist()
+    )
 
 
 def test_a_finished_model_is_opened_and_another_config_is_refused(

@@ -121,6 +121,12 @@ def test_a_run_may_go_on_with_other_numbers_of_workers(site: Site, zero_stage: i
 
 
 @pytest.mark.soak
+def test_a_step_that_takes_too_long_ends_its_process_and_says_where_it_stood(site: Site) -> None:
+    with pytest.raises(AssertionError, match=r"(?s)Timeout.*training/loop\.py"):
+        run_phase(Phase(site, "slow", STAGE_20, 1, None, step_deadline_s=0.01))
+
+
+@pytest.mark.soak
 def test_a_projector_alone_is_saved_whole_though_each_worker_holds_whole_parameters(
     site: Site,
 ) -> None:
