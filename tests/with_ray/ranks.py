@@ -62,7 +62,7 @@ def run_phase(phase: Phase) -> Progress:
     finally:
         for one in ranks:
             one.kill()
-    assert all(one.returncode == 0 for one in ranks), "\n".join(one[-4000:] for one in errors)
+    assert all(one.returncode == 0 for one in ranks), "\n".join(one[-10_000:] for one in errors)
     made: Progress = pickle.loads(file.with_suffix(".progress").read_bytes())
     return made
 
