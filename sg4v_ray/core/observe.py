@@ -36,7 +36,28 @@ TEACHER_OUTCOMES = Metric(
 )
 TRAIN_LOSS = Metric("sg4v_train_loss", "gauge", "mean loss per labelled token", ("artifact",))
 TRAIN_STEP = Metric("sg4v_train_step", "gauge", "optimizer steps done", ("artifact",))
+TRAIN_LEARNING_RATE = Metric("sg4v_train_learning_rate", "gauge", "of the last step", ("artifact",))
+TRAIN_GRAD_NORM = Metric("sg4v_train_grad_norm", "gauge", "before clipping", ("artifact",))
+TRAIN_HELD_OUT_LOSS = Metric(
+    "sg4v_train_held_out_loss", "gauge", "of samples that are not trained on", ("artifact",)
+)
 TRAIN_SAMPLES_PER_S = Metric("sg4v_train_samples_per_s", "gauge", "samples a second", ("artifact",))
+TRAIN_TOKENS_PER_S = Metric("sg4v_train_tokens_per_s", "gauge", "tokens a second", ("artifact",))
+TRAIN_MFU = Metric("sg4v_train_mfu", "gauge", "model FLOPs utilisation, 0 to 1", ("artifact",))
+TRAIN_PADDING_SHARE = Metric(
+    "sg4v_train_padding_share", "gauge", "positions without a token, 0 to 1", ("artifact",)
+)
+TRAIN_DATA_WAIT_SHARE = Metric(
+    "sg4v_train_data_wait_share",
+    "gauge",
+    "time that waits for batches, 0 to 1",
+    ("artifact",),
+)
+TRAIN_MEMORY_GB = Metric(
+    "sg4v_train_memory_gb", "gauge", "most that rank 0 held, of GPU or host", ("artifact",)
+)
+TRAIN_ETA_S = Metric("sg4v_train_eta_seconds", "gauge", "seconds to the end", ("artifact",))
+TRAIN_REJECTED = Metric("sg4v_train_rejected", "gauge", "samples that weigh nothing", ("artifact",))
 
 
 def set_up_logging(level: int = logging.INFO) -> None:

@@ -68,7 +68,8 @@ class MicroBatch:
     labels_BT: Tensor
     pixels_N3SS: Tensor
     counts: Counter[str]
-    """`labels`, `tokens`, `samples`, `rejected`, `cut`, and `rejected_<reason>`."""
+    """`labels`, `tokens`, `padding`, `samples`, `images`, `rejected`, `cut`, and
+    `rejected_<reason>`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +176,9 @@ def collate(rows: Sequence[Row], normalise: Normalise, *, filler: Row, pad: int)
     counts = Counter(
         labels=int((labels[:, 1:] != IGNORE).sum()),  # the first token has nothing before it
         tokens=int(mask.sum()),
+        padding=int(mask.size - mask.sum()),
         samples=sum(row.is_sample for row in rows),
+        images=sum(row.is_sample and row.pixels is not None for row in rows),
         cut=sum(row.is_cut for row in rows),
         rejected=sum(row.reject is not None for row in rows),
     )

@@ -65,6 +65,10 @@ class Progress:
     """Loss of each step."""
     grad_norms: tuple[float, ...] = ()
     """Gradient norm of each step, before clipping."""
+    seconds: tuple[float, ...] = ()
+    """What each step took, with the wait for its batch, without saving."""
+    waits_s: tuple[float, ...] = ()
+    """What rank 0 waited for the batch of each step."""
     held_out: tuple[HeldOut, ...] = ()
     resumed_at: tuple[int, ...] = ()
     """Steps at which a run took over from one that was stopped."""

@@ -38,6 +38,13 @@ KNOWN_GPUS: Final[Mapping[str, Gpu]] = MappingProxyType(
 )
 
 
+def tflops_of(device: str) -> float | None:
+    """Return the dense bfloat16 TFLOP/s of a device as CUDA names it, if its kind is known."""
+    words = device.replace("-", " ").split()
+    known = (one.tflops for name, one in KNOWN_GPUS.items() if name.split("-")[0] in words)
+    return next(known, None)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
     """The GPUs to plan with."""

@@ -243,6 +243,8 @@ def _facts(job: Job, outcome: Outcome, *, seconds: float) -> dict[str, object]:
         _MODEL_FACT: to_plain(job.model),
         "losses": list(progress.losses),
         "grad_norms": list(progress.grad_norms),
+        "step_seconds": [round(one, 4) for one in progress.seconds],
+        "data_wait_share": sum(progress.waits_s) / max(1e-9, sum(progress.seconds)),
         "resumed_at": list(progress.resumed_at),
         "held_out": [to_plain(one) for one in progress.held_out],
         "last_attempt_s": round(seconds, 1),

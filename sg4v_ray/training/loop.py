@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,13 @@ from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.model.conversation import IGNORE
 from sg4v_ray.training.batch import Batches, MicroBatch
 from sg4v_ray.training.checkpoint import Checkpoints, CheckpointsDamaged, HeldOut, Progress
+from sg4v_ray.training.metrics import Metrics, Monitor, Pace, Work
 from sg4v_ray.training.schedule import SCALE, Schedule
 
 # Shape letters used in this file:
 #   B  rows of a micro-batch    T  tokens of its longest row    V  vocabulary
 
-_REPORT_EVERY_S = 5.0
-_COUNTED = ("labels", "tokens", "samples", "rejected", "cut")
+_COUNTED = ("labels", "tokens", "padding", "samples", "images", "rejected", "cut")
 
 
 class LossNotFinite(Sg4vError):
@@ -39,34 +39,6 @@ class LossNotFinite(Sg4vError):
 
 LASTING: Final = (LossNotFinite, TooManyRejects, CheckpointsDamaged)
 """Errors that all ranks meet at the same step, and would meet again after a restart."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Metrics:
-    """What a run says of itself now and then."""
-
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    held_out_loss: float | None
-    """The last one that was looked at."""
-    samples_per_s: float
-    tokens_per_s: float
-    eta_s: float
-    rejected: int
-
-
-class Monitor(Protocol):
-    """What the loop tells and asks its surroundings; all ranks call it equally often."""
-
-    def report(self, metrics: Metrics) -> None:
-        """Take the metrics of the last step."""
-
-    def should_save(self) -> bool:
-        """Say, once, that a machine of this run will soon be taken away."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +59,7 @@ class Loop:
     budget: RejectBudget
     dtype: torch.dtype
     """Of the model's weights, which images must have too."""
+    work: Work
     monitor: Monitor
 
 
@@ -111,8 +84,9 @@ def train(loop: Loop) -> Progress:
 def _train(loop: Loop) -> Progress:
     plan, reasons = loop.batches.plan, Counter[str]()
     progress = loop.checkpoints.resume()
-    pace = _Pace(progress.step)
-    for micro_batches in loop.batches.steps(progress.step):
+    pace = Pace(progress.step, workers=dist.get_world_size(), work=loop.work)
+    for micro_batches in pace.waiting_for(loop.batches.steps(progress.step)):
+        began = time.monotonic()
         _set_deadline(loop)
         counts, is_time, is_written = _agree(loop, micro_batches, is_time=pace.is_time())
         if is_written:
@@ -126,6 +100,8 @@ def _train(loop: Loop) -> Progress:
             counts=dict(Counter(progress.counts) + counts),
             losses=(*progress.losses, loss),
             grad_norms=(*progress.grad_norms, grad_norm),
+            seconds=(*progress.seconds, pace.last_wait_s + time.monotonic() - began),
+            waits_s=(*progress.waits_s, pace.last_wait_s),
         )
         rejected = Counter(unreadable_image=progress.counts.get("rejected", 0))
         loop.budget.check(rejected=rejected, total=plan.num_planned)
@@ -136,7 +112,7 @@ def _train(loop: Loop) -> Progress:
         must_save = _is_due(progress.step, loop.save_every_steps, is_last=is_last)
         must_hurry = False
         if is_time or is_last:
-            loop.monitor.report(pace.metrics(loop, progress))
+            loop.monitor.report(_metrics(loop, pace, progress))
             must_hurry = loop.monitor.should_save()
         if must_save or must_hurry:
             progress = _with_reasons(progress, reasons)
@@ -145,6 +121,11 @@ def _train(loop: Loop) -> Progress:
         if must_hurry:
             loop.checkpoints.finish()
     return progress
+
+
+def _metrics(loop: Loop, pace: Pace, progress: Progress) -> Metrics:
+    rate = loop.schedule.rate(progress.step - 1)
+    return pace.metrics(progress, loop.batches.plan, learning_rate=rate, device=loop.engine.device)
 
 
 def _agree(
@@ -272,39 +253,3 @@ def _with_reasons(progress: Progress, reasons: Counter[str]) -> Progress:
     dist.all_gather_object(gathered, dict(reasons))
     counts = sum((Counter(one) for one in gathered), Counter(progress.counts))
     return dataclasses.replace(progress, counts=dict(counts))
-
-
-class _Pace:
-    """Rates since the last report, and how long the rest will take."""
-
-    def __init__(self, first_step: int) -> None:
-        self._first_step, self._started = first_step, time.monotonic()
-        self._reported = self._started
-        self._counts: Counter[str] = Counter()
-
-    def is_time(self) -> bool:
-        return time.monotonic() - self._reported >= _REPORT_EVERY_S
-
-    def add(self, counts: Counter[str]) -> None:
-        self._counts += counts
-
-    def metrics(self, loop: Loop, progress: Progress) -> Metrics:
-        now, plan = time.monotonic(), loop.batches.plan
-        seconds = max(1e-9, now - self._reported)
-        per_step = (now - self._started) / (progress.step - self._first_step)
-        made = Metrics(
-            step=progress.step,
-            total_steps=plan.total_steps,
-            epoch=progress.step / plan.steps_per_epoch,
-            loss=progress.losses[-1],
-            learning_rate=loop.schedule.rate(progress.step - 1),
-            grad_norm=progress.grad_norms[-1],
-            held_out_loss=progress.held_out[-1].loss if progress.held_out else None,
-            samples_per_s=self._counts["samples"] / seconds,
-            tokens_per_s=self._counts["tokens"] / seconds,
-            eta_s=per_step * (plan.total_steps - progress.step),
-            rejected=progress.counts.get("rejected", 0),
-        )
-        self._reported = now
-        self._counts.clear()
-        return made

@@ -27,10 +27,12 @@ from sg4v_ray.model.freeze import freeze
 from sg4v_ray.model.processor import PixelMaker, save_processor
 from sg4v_ray.training.batch import Batches, RowRules, Rows
 from sg4v_ray.training.checkpoint import Checkpoints
+from sg4v_ray.training.cluster import tflops_of
 from sg4v_ray.training.deepspeed import initialise
 from sg4v_ray.training.job import OUTCOME, Job, Outcome, make_plan, one_epoch
 from sg4v_ray.training.lengths import TOKENIZER, read_lengths
-from sg4v_ray.training.loop import LASTING, Loop, Metrics, Monitor, train
+from sg4v_ray.training.loop import LASTING, Loop, train
+from sg4v_ray.training.metrics import Metrics, Monitor, Work
 from sg4v_ray.training.plan import Plan, unknown_lengths
 from sg4v_ray.training.samples import Samples, open_samples
 from sg4v_ray.training.schedule import Schedule
@@ -141,8 +143,13 @@ def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monito
         step_deadline_s=job.step_deadline_s,
         budget=stage.budget,
         dtype=weights.to_dtype(stage.dtype),
+        work=Work(model=job.model, trainable=stage.trainable, tflops=_tflops(engine.device)),
         monitor=monitor,
     )
+
+
+def _tflops(device: torch.device) -> float | None:
+    return tflops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def _export(job: Job, home: Storage, folder: Path, model: Any, engine: Any) -> dict[str, str]:
@@ -168,7 +175,17 @@ class _RayMonitor:
             for field, metric in (
                 ("loss", observe.TRAIN_LOSS),
                 ("step", observe.TRAIN_STEP),
+                ("learning_rate", observe.TRAIN_LEARNING_RATE),
+                ("grad_norm", observe.TRAIN_GRAD_NORM),
+                ("held_out_loss", observe.TRAIN_HELD_OUT_LOSS),
                 ("samples_per_s", observe.TRAIN_SAMPLES_PER_S),
+                ("tokens_per_s", observe.TRAIN_TOKENS_PER_S),
+                ("mfu", observe.TRAIN_MFU),
+                ("padding_share", observe.TRAIN_PADDING_SHARE),
+                ("data_wait_share", observe.TRAIN_DATA_WAIT_SHARE),
+                ("memory_gb", observe.TRAIN_MEMORY_GB),
+                ("eta_s", observe.TRAIN_ETA_S),
+                ("rejected", observe.TRAIN_REJECTED),
             )
         }
 
@@ -178,7 +195,8 @@ class _RayMonitor:
         if self._rank != 0:
             return
         for field, gauge in self._gauges.items():
-            gauge.set(getattr(metrics, field), self._labels)
+            if (value := getattr(metrics, field)) is not None:
+                gauge.set(value, self._labels)
         if self._show:
             _log.info("%s: %s", self._labels["artifact"], describe(metrics))
 
@@ -196,10 +214,14 @@ def describe(metrics: Metrics) -> str:
     hours, minutes = divmod(minutes, 60)
     loss = metrics.held_out_loss
     held_out = "" if loss is None else f", held-out loss {loss:.4f}"
+    mfu = "" if metrics.mfu is None else f", MFU {metrics.mfu:.2f}"
     return (
         f"step {metrics.step}/{metrics.total_steps} (epoch {metrics.epoch:.2f}), "
         f"loss {metrics.loss:.4f}, lr {metrics.learning_rate:.3g}, "
         f"grad norm {metrics.grad_norm:.3g}{held_out}, {metrics.samples_per_s:.1f} samples/s, "
-        f"{metrics.tokens_per_s:.0f} tokens/s, {metrics.rejected} rejected, "
+        f"{metrics.tokens_per_s:.0f} tokens/s{mfu}, "
+        f"{metrics.data_wait_share:.1%} waiting for data, "
+        f"{metrics.padding_share:.1%} padding, {metrics.memory_gb:.1f} GB, "
+        f"{metrics.rejected} rejected, "
         f"{hours}:{minutes:02d}:{seconds:02d} left"
     )

@@ -71,10 +71,11 @@ def _main(file: Path, rank: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from sg4v_ray.training import loop as loops
+    from sg4v_ray.training import metrics
     from sg4v_ray.training.job import Job
     from sg4v_ray.training.lengths import TOKENIZER
-    from sg4v_ray.training.loop import Metrics, train
+    from sg4v_ray.training.loop import train
+    from sg4v_ray.training.metrics import Metrics
     from sg4v_ray.training.worker import make_loop, prepare
 
     phase: Phase = pickle.loads(file.read_bytes())
@@ -86,7 +87,7 @@ def _main(file: Path, rank: int) -> None:
         rank=rank,
         world_size=phase.world_size,
     )
-    loops._REPORT_EVERY_S = 0.0
+    metrics.REPORT_EVERY_S = 0.0
 
     class Stopped(Exception):
         pass

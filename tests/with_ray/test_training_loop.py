@@ -18,13 +18,14 @@ from sg4v_ray.core.errors import TooManyRejects
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.model.weights import create
-from sg4v_ray.training import checkpoint, loop
+from sg4v_ray.training import checkpoint, metrics
 from sg4v_ray.training.checkpoint import CheckpointsDamaged, Progress
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.job import Job
 from sg4v_ray.training.launch import read_outcome
 from sg4v_ray.training.lengths import TOKENIZER
-from sg4v_ray.training.loop import Loop, LossNotFinite, Metrics, train
+from sg4v_ray.training.loop import Loop, LossNotFinite, train
+from sg4v_ray.training.metrics import Metrics
 from sg4v_ray.training.worker import make_loop, prepare, work
 from tests.with_ray.training_site import DATASET, STAGE, TINY, Site, make_site
 
@@ -108,7 +109,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
     """A root to train in, and a process group of this process alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
-        patch.setattr(loop, "_REPORT_EVERY_S", 0.0)
+        patch.setattr(metrics, "REPORT_EVERY_S", 0.0)
         # ZeRO-3 puts its own in this place for the rest of the process, which keeps more tensors.
         patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
         threads = torch.get_num_threads()
@@ -187,6 +188,9 @@ def test_metrics_name_step_epoch_rate_and_time_left(run: Run) -> None:
     last = listener.heard[-1]
     assert (last.total_steps, last.epoch, last.eta_s, last.rejected) == (STEPS, 1.5, 0.0, 2)
     assert last.samples_per_s > 0 and last.tokens_per_s > last.samples_per_s
+    assert 0 < last.padding_share < 0.5 and 0 < last.memory_gb < 24
+    assert 0 <= last.data_wait_share < 1
+    assert last.mfu is None, "nobody knows what this CPU can do"
     assert listener.heard[0].learning_rate == 0.0 < listener.heard[1].learning_rate
 
 
