@@ -57,6 +57,10 @@ TRAIN_MEMORY_GB = Metric(
     "sg4v_train_memory_gb", "gauge", "most that rank 0 held, of GPU or host", ("artifact",)
 )
 TRAIN_ETA_S = Metric("sg4v_train_eta_seconds", "gauge", "seconds to the end", ("artifact",))
+TRAIN_SKIPPED = Metric("sg4v_train_skipped", "gauge", "steps that were not applied", ("artifact",))
+TRAIN_ROLLBACKS = Metric(
+    "sg4v_train_rollbacks", "gauge", "times that weights went back", ("artifact",)
+)
 TRAIN_REJECTED = Metric("sg4v_train_rejected", "gauge", "samples that weigh nothing", ("artifact",))
 
 

@@ -54,11 +54,21 @@ class HeldOut:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RollBack:
+    """After step `at` the weights became those after step `to` again."""
+
+    at: int
+    to: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """How far a run is: with the plan, all of its state that is not the optimizer's."""
 
     step: int = 0
-    """Steps done, an update each; the plan gives epoch and position from it."""
+    """Steps done; the plan gives epoch and position from it."""
+    updates: int = 0
+    """Updates in the weights: steps without those that were skipped or rolled back."""
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     """Samples, tokens, labels, rejected rows by reason, over all ranks since step 0."""
     losses: tuple[float, ...] = ()
@@ -69,6 +79,9 @@ class Progress:
     """What each step took, with the wait for its batch, without saving."""
     waits_s: tuple[float, ...] = ()
     """What rank 0 waited for the batch of each step."""
+    skipped: tuple[int, ...] = ()
+    """Steps that were not applied (`training.guard`), counted from 0 as `losses` are."""
+    rollbacks: tuple[RollBack, ...] = ()
     held_out: tuple[HeldOut, ...] = ()
     resumed_at: tuple[int, ...] = ()
     """Steps at which a run took over from one that was stopped."""
@@ -187,16 +200,31 @@ class Checkpoints:
         }
 
     def resume(self) -> Progress:
-        """Put the newest sound state into DeepSpeed, if there is one.
+        """Put the newest sound state into DeepSpeed; return how far it is, or nothing done.
 
-        One with a file that is missing or not as it was written is skipped with a warning, and
+        Raises:
+            CheckpointsDamaged: there are some, and none can be read.
+        """
+        restored = self.restore()
+        if restored is None:
+            return Progress()
+        resumed = (*restored.resumed_at, restored.step)
+        return dataclasses.replace(restored, resumed_at=resumed)
+
+    def restore(self, *, skip: int = 0) -> Progress | None:
+        """Put the newest sound state, or an earlier one, into DeepSpeed, if there is one.
+
+        One with a file that is missing or not as it was written is passed over with a warning, and
         will not count among those that are kept.
+
+        Args:
+            skip: complete checkpoints to pass over.
 
         Raises:
             CheckpointsDamaged: there are some, and none can be read.
         """
         damaged: list[str] = []
-        for name in _from_first(lambda: _complete(self._home)):
+        for name in _from_first(lambda: _complete(self._home))[skip:]:
             state, record, problem = self._try_to_read(name)
             problems = [one for one in _gather(problem) if one is not None]
             if problems or record is None:
@@ -209,17 +237,16 @@ class Checkpoints:
             if dist.get_rank() == 0:
                 for one in damaged:
                     _retire(self._home, one.split(":")[0])
-            restore(self._engine, self._pieces, state, record.progress.step)
-            _log.info("resumed from checkpoint %s", name)
-            resumed = (*record.progress.resumed_at, record.progress.step)
-            return dataclasses.replace(record.progress, resumed_at=resumed)
+            restore(self._engine, self._pieces, state, record.progress.updates)
+            _log.info("checkpoint %s is read", name)
+            return record.progress
         if damaged:
             raise CheckpointsDamaged(
                 f"all {len(damaged)} checkpoints in {self._home.uri(FOLDER)} are damaged "
                 f"({damaged[0]}); restore one from a copy, or delete that folder to train from the "
                 "beginning"
             )
-        return Progress()
+        return None
 
     def _try_to_read(self, name: str) -> tuple[State, Checkpoint | None, str | None]:
         """Return the state and the record of a checkpoint, or what is wrong with it."""

@@ -15,7 +15,7 @@ from sg4v_ray.model.geometry import Geometry
 
 _COUNTS: Final = (
     *("global_batch", "micro_batch", "micro_tokens", "max_length", "save_every_steps"),
-    *("max_steps", "held_out_every_steps"),
+    *("max_steps", "held_out_every_steps", "rollback_after_skips"),
 )
 StageKind = Literal["align", "captioner", "pretrain", "finetune"]
 
@@ -60,6 +60,12 @@ class StageConfig:
     clip_norm: float | None = None
     """Gradient norm above which gradients are scaled down. The published ZeRO-2 and ZeRO-3
     settings name none."""
+    spike_factor: float | None = None
+    """A step whose loss is more than so many times the median of the last 64 is not applied. One
+    whose loss or gradient is not finite never is. (Published: neither. PaLM, section 5.1.)"""
+    rollback_after_skips: int = 3
+    """Steps not applied in a row after which the weights of the last checkpoint take their place,
+    and training goes on with the data that comes next. Ours."""
     max_length: int = 2048
     """Tokens of a row, image tokens included; the rest of an answer is cut. (Published: 2048
     before an image's one placeholder becomes 576 tokens.)"""
@@ -95,6 +101,10 @@ class StageConfig:
             raise ConfigError(
                 f"length_window must be 0 or more, and above 0 with micro_tokens; got "
                 f"{self.length_window}"
+            )
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ConfigError(
+                f"spike_factor must be above 1, got {self.spike_factor}; 3 leaves out spikes alone"
             )
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")

@@ -2,6 +2,7 @@
 """A stage's settings as DeepSpeed spells them, and the parameter groups of its optimizer."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from sg4v_ray.model.freeze import vision_depth
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.schedule import SCALE
 
+# DeepSpeed calls torch's collectives by their former names: under ZeRO-3 two lines a step, a rank.
+_RENAMED = r"`torch\.distributed\.\w+` is deprecated"
 # Values of the published scripts/zero2.json and zero3.json (ShareGPT4Omni/ShareGPT4V@b6f70e9).
 _SUB_GROUP_SIZE = 1_000_000_000
 _ZERO: Mapping[int, Mapping[str, Any]] = {
@@ -84,6 +87,7 @@ def initialise(model: nn.Module, config: StageConfig, *, world_size: int, gpu: b
     # minutes at the first start, and a worker killed meanwhile leaves a lock on which every later
     # one waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", _RENAMED, FutureWarning)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=groups(

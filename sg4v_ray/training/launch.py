@@ -7,6 +7,7 @@ from the last checkpoint and end with the weights of a run that was never stoppe
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -56,7 +57,7 @@ def run(
         ArtifactDrift: `out` exists and was made from something else.
         ConfigError: the settings fit neither each other nor the cluster.
         LeaseHeld: another driver is training it.
-        LossNotFinite, TooManyRejects: training cannot go on.
+        TrainingDiverged, TooManyRejects: training cannot go on.
     """
     storage = where.storage
     inputs = _inputs(storage, start, dataset)
@@ -241,11 +242,18 @@ def _facts(job: Job, outcome: Outcome, *, seconds: float) -> dict[str, object]:
     progress = outcome.progress or checkpoint.Progress()
     return {
         _MODEL_FACT: to_plain(job.model),
-        "losses": list(progress.losses),
-        "grad_norms": list(progress.grad_norms),
+        "losses": _finite(progress.losses),
+        "grad_norms": _finite(progress.grad_norms),
+        "skipped": list(progress.skipped),
+        "rollbacks": [to_plain(one) for one in progress.rollbacks],
         "step_seconds": [round(one, 4) for one in progress.seconds],
         "data_wait_share": sum(progress.waits_s) / max(1e-9, sum(progress.seconds)),
         "resumed_at": list(progress.resumed_at),
         "held_out": [to_plain(one) for one in progress.held_out],
         "last_attempt_s": round(seconds, 1),
     }
+
+
+def _finite(numbers: tuple[float, ...]) -> list[float | None]:
+    """Return them with None for NaN and infinity, which JSON does not know."""
+    return [one if math.isfinite(one) else None for one in numbers]

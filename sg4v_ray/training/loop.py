@@ -8,6 +8,7 @@ code takes a mean of means, which weighs the tokens of short answers more.)
 
 import dataclasses
 import faulthandler
+import logging
 import math
 import time
 from collections import Counter
@@ -19,25 +20,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from sg4v_ray.core.errors import Sg4vError, TooManyRejects
+from sg4v_ray.core.errors import TooManyRejects
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.model.conversation import IGNORE
 from sg4v_ray.training.batch import Batches, MicroBatch
 from sg4v_ray.training.checkpoint import Checkpoints, CheckpointsDamaged, HeldOut, Progress
+from sg4v_ray.training.guard import Guard, TrainingDiverged, go_back
 from sg4v_ray.training.metrics import Metrics, Monitor, Pace, Work
 from sg4v_ray.training.schedule import SCALE, Schedule
 
 # Shape letters used in this file:
 #   B  rows of a micro-batch    T  tokens of its longest row    V  vocabulary
 
+_log = logging.getLogger(__name__)
 _COUNTED = ("labels", "tokens", "padding", "samples", "images", "rejected", "cut")
 
 
-class LossNotFinite(Sg4vError):
-    """The loss or the gradient of a step is NaN or infinite; weights were not saved since."""
-
-
-LASTING: Final = (LossNotFinite, TooManyRejects, CheckpointsDamaged)
+LASTING: Final = (TrainingDiverged, TooManyRejects, CheckpointsDamaged)
 """Errors that all ranks meet at the same step, and would meet again after a restart."""
 
 
@@ -59,6 +58,7 @@ class Loop:
     budget: RejectBudget
     dtype: torch.dtype
     """Of the model's weights, which images must have too."""
+    guard: Guard
     work: Work
     monitor: Monitor
 
@@ -67,7 +67,7 @@ def train(loop: Loop) -> Progress:
     """Train from the last checkpoint to the end of the plan. All ranks call this together.
 
     Raises:
-        LossNotFinite: a step went wrong; the message names it.
+        TrainingDiverged: steps go on going wrong; the message names them.
         TooManyRejects: more samples are unusable than the budget allows.
     """
     try:
@@ -92,24 +92,25 @@ def _train(loop: Loop) -> Progress:
         if is_written:
             loop.checkpoints.finish()
         reasons.update(_reasons(micro_batches))
-        loss, grad_norm = _step(loop, micro_batches, step=progress.step, labels=counts["labels"])
+        made = _step(loop, micro_batches, progress, labels=counts["labels"])
+        if not made.is_applied and dist.get_rank() == 0:
+            _log.warning("step %d is not applied: %s", progress.step, made)
         pace.add(counts)
-        progress = dataclasses.replace(
-            progress,
-            step=progress.step + 1,
-            counts=dict(Counter(progress.counts) + counts),
-            losses=(*progress.losses, loss),
-            grad_norms=(*progress.grad_norms, grad_norm),
-            seconds=(*progress.seconds, pace.last_wait_s + time.monotonic() - began),
-            waits_s=(*progress.waits_s, pace.last_wait_s),
+        progress = _after(
+            progress, made, counts, wait_s=pace.last_wait_s, work_s=time.monotonic() - began
         )
         rejected = Counter(unreadable_image=progress.counts.get("rejected", 0))
         loop.budget.check(rejected=rejected, total=plan.num_planned)
         is_last = progress.step == plan.total_steps
+        if loop.guard.must_go_back(progress):
+            progress = go_back(loop.checkpoints, progress)
         if _is_due(progress.step, loop.held_out_every_steps, is_last=is_last):
             looked = HeldOut(step=progress.step, loss=_held_out_loss(loop))
             progress = dataclasses.replace(progress, held_out=(*progress.held_out, looked))
-        must_save = _is_due(progress.step, loop.save_every_steps, is_last=is_last)
+        # After a wrong step the weights may be what is wrong: they take no place of earlier ones.
+        must_save = _is_due(progress.step, loop.save_every_steps, is_last=is_last) and (
+            made.is_applied or is_last
+        )
         must_hurry = False
         if is_time or is_last:
             loop.monitor.report(_metrics(loop, pace, progress))
@@ -121,6 +122,22 @@ def _train(loop: Loop) -> Progress:
         if must_hurry:
             loop.checkpoints.finish()
     return progress
+
+
+def _after(
+    progress: Progress, made: "_Step", counts: Counter[str], *, wait_s: float, work_s: float
+) -> Progress:
+    return dataclasses.replace(
+        progress,
+        step=progress.step + 1,
+        updates=progress.updates + made.is_applied,
+        skipped=progress.skipped if made.is_applied else (*progress.skipped, progress.step),
+        counts=dict(Counter(progress.counts) + counts),
+        losses=(*progress.losses, made.loss),
+        grad_norms=(*progress.grad_norms, made.grad_norm),
+        seconds=(*progress.seconds, wait_s + work_s),
+        waits_s=(*progress.waits_s, wait_s),
+    )
 
 
 def _metrics(loop: Loop, pace: Pace, progress: Progress) -> Metrics:
@@ -146,11 +163,16 @@ def _agree(
     return Counter(dict(zip(_COUNTED, counts, strict=True))), bool(time_is_up), is_written
 
 
-def _step(
-    loop: Loop, micro_batches: list[MicroBatch], *, step: int, labels: int
-) -> tuple[float, float]:
-    """Make one optimizer step; return its loss and its gradient norm."""
-    engine = loop.engine
+@dataclass(frozen=True, slots=True)
+class _Step:
+    loss: float
+    grad_norm: float
+    is_applied: bool
+
+
+def _step(loop: Loop, micro_batches: list[MicroBatch], progress: Progress, *, labels: int) -> _Step:
+    """Make one optimizer step, applied only if it is right."""
+    engine, step = loop.engine, progress.step
     # Nothing in the models draws numbers today. If something does, a resumed run draws the same.
     torch.manual_seed(hash((loop.batches.plan.seed, step, dist.get_rank())))
     for group in engine.optimizer.param_groups:
@@ -162,17 +184,21 @@ def _step(
         # Said, not counted by DeepSpeed: a step may have more or fewer than the one before.
         engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         loss_sum = _loss_sum(loop, batch)
-        engine.backward(loss_sum * scale, scale_wrt_gas=False)
         total += loss_sum.detach()
         if number == len(micro_batches):
             dist.all_reduce(total)
             loss = float(total) / max(1, labels)
-            _check_finite(loss, "loss", step)
+            if loop.guard.is_wrong(progress, loss):
+                loss_sum = loss_sum * math.nan  # DeepSpeed throws a step with such a gradient away
+        engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        if number == len(micro_batches):
             norm = _unsharded_norm(engine)
+            if norm is not None and not math.isfinite(norm):  # this one DeepSpeed would apply
+                engine.module.zero_grad(set_to_none=True)
+                return _Step(loss, norm, is_applied=False)
         engine.step()
     grad_norm = norm if norm is not None else float(engine.get_global_grad_norm())
-    _check_finite(grad_norm, "gradient norm", step)
-    return loss, grad_norm
+    return _Step(loss, grad_norm, is_applied=bool(engine.was_step_applied()))
 
 
 def _is_due(step: int, every: int | None, *, is_last: bool) -> bool:
@@ -231,15 +257,6 @@ def _unsharded_norm(engine: Any) -> float | None:
         return None
     found = [one.grad for one in engine.module.parameters() if one.grad is not None]
     return float(torch.nn.utils.get_total_norm(found))
-
-
-def _check_finite(value: float, what: str, step: int) -> None:
-    if not math.isfinite(value) or value < 0:  # DeepSpeed writes -1 for a norm that is not finite
-        raise LossNotFinite(
-            f"the {what} of step {step} is {value}; checkpoints of earlier steps are kept. Look "
-            "at the samples of this step; or lower learning_rate or set clip_norm, and train "
-            "another version (--out.version v2)"
-        )
 
 
 def _reasons(micro_batches: list[MicroBatch]) -> Counter[str]:

@@ -45,6 +45,10 @@ class Metrics:
     """Most that rank 0 has held: of its GPU, or of the host where there is none."""
     eta_s: float
     rejected: int
+    skipped: int
+    """Steps that were not applied (`training.guard`)."""
+    rollbacks: int
+    """Times that the weights went back to a checkpoint."""
 
 
 class Monitor(Protocol):
@@ -147,6 +151,8 @@ class Pace:
             memory_gb=memory_gb(device),
             eta_s=per_step * (plan.total_steps - progress.step),
             rejected=progress.counts.get("rejected", 0),
+            skipped=len(progress.skipped),
+            rollbacks=len(progress.rollbacks),
         )
         self._reported, self._waited, self._counts = now, 0.0, Counter()
         return made

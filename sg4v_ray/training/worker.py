@@ -29,6 +29,7 @@ from sg4v_ray.training.batch import Batches, RowRules, Rows
 from sg4v_ray.training.checkpoint import Checkpoints
 from sg4v_ray.training.cluster import tflops_of
 from sg4v_ray.training.deepspeed import initialise
+from sg4v_ray.training.guard import Guard
 from sg4v_ray.training.job import OUTCOME, Job, Outcome, make_plan, one_epoch
 from sg4v_ray.training.lengths import TOKENIZER, read_lengths
 from sg4v_ray.training.loop import LASTING, Loop, train
@@ -143,6 +144,7 @@ def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monito
         step_deadline_s=job.step_deadline_s,
         budget=stage.budget,
         dtype=weights.to_dtype(stage.dtype),
+        guard=Guard(spike_factor=stage.spike_factor, rollback_after=stage.rollback_after_skips),
         work=Work(model=job.model, trainable=stage.trainable, tflops=_tflops(engine.device)),
         monitor=monitor,
     )
@@ -186,6 +188,8 @@ class _RayMonitor:
                 ("memory_gb", observe.TRAIN_MEMORY_GB),
                 ("eta_s", observe.TRAIN_ETA_S),
                 ("rejected", observe.TRAIN_REJECTED),
+                ("skipped", observe.TRAIN_SKIPPED),
+                ("rollbacks", observe.TRAIN_ROLLBACKS),
             )
         }
 
@@ -222,6 +226,6 @@ def describe(metrics: Metrics) -> str:
         f"{metrics.tokens_per_s:.0f} tokens/s{mfu}, "
         f"{metrics.data_wait_share:.1%} waiting for data, "
         f"{metrics.padding_share:.1%} padding, {metrics.memory_gb:.1f} GB, "
-        f"{metrics.rejected} rejected, "
+        f"{metrics.rejected} rejected, {metrics.skipped} steps skipped, "
         f"{hours}:{minutes:02d}:{seconds:02d} left"
     )

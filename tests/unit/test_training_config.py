@@ -37,6 +37,8 @@ STAGE = StageConfig(
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
         ({"betas": (0.9, 1.0)}, "betas must be at least 0 and below 1"),
         ({"micro_tokens": 9, "length_window": 0}, "length_window must be .* above 0 with micro_t"),
+        ({"spike_factor": 1.0}, "spike_factor must be above 1, got 1.0"),
+        ({"rollback_after_skips": 0}, "rollback_after_skips must be at least 1"),
         ({"vision_layer_decay": 0.0}, "vision_layer_decay must be above 0"),
         ({"zero_stage": 0}, "zero_stage 0 keeps no float32 copy"),
     ],

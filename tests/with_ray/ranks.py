@@ -47,22 +47,21 @@ def run_phase(phase: Phase) -> Progress:
     file = phase.site.root.parent / f"{uuid.uuid4().hex}.pickle"
     file.write_bytes(pickle.dumps(phase))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.with_ray.ranks", str(file), str(rank)],
-            cwd=REPOSITORY,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(phase.world_size)
-    ]
+    # Not pipes: a rank whose full pipe nobody reads waits, and all others wait for it.
+    errors = [file.with_suffix(f".{rank}.stderr") for rank in range(phase.world_size)]
+    ranks = []
+    for rank, error in enumerate(errors):
+        with error.open("w") as stderr:
+            command = [sys.executable, "-m", "tests.with_ray.ranks", str(file), str(rank)]
+            ranks.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=stderr))
     try:
-        errors = [one.communicate(timeout=580)[1] for one in ranks]
+        for one in ranks:
+            one.wait(timeout=580)
     finally:
         for one in ranks:
             one.kill()
-    assert all(one.returncode == 0 for one in ranks), "\n".join(one[-10_000:] for one in errors)
+    said = "\n".join(one.read_text()[-10_000:] for one in errors)
+    assert all(one.returncode == 0 for one in ranks), said
     made: Progress = pickle.loads(file.with_suffix(".progress").read_bytes())
     return made
 

@@ -143,12 +143,13 @@ def test_text_and_images_in_every_arrangement_over_two_ranks_end_without_a_hang(
 ) -> None:
     site = make_site(tmp_path, tiny_model / "tokenizer.json", text_every=2)
     stage = replace(
-        STAGE, global_batch=2, micro_batch=1, zero_stage=3, max_steps=100, learning_rate=1e-3
+        STAGE, global_batch=2, micro_batch=1, zero_stage=3, max_steps=200, learning_rate=1e-3
     )
     alone = run_phase(Phase(site, "alone", stage, 1, None))
     both = run_phase(Phase(site, "both", stage, 2, None))
-    # Not 200: gloo hangs here under ZeRO-3 at step 127 or 128, whatever the data (2026-11).
-    assert len(both.losses) == 100
+    assert len(both.losses) == 200
+    said = "".join(one.read_text() for one in tmp_path.glob("*.stderr"))
+    assert "FutureWarning" not in said, "two lines a step would fill the logs"
     assert both.losses == pytest.approx(alone.losses, rel=1e-3)
     samples = open_samples(site.storage, site.dataset)
     plan = make_plan(stage, unknown_lengths(len(samples)), image_row=0)
@@ -156,6 +157,6 @@ def test_text_and_images_in_every_arrangement_over_two_ranks_end_without_a_hang(
         tuple(
             samples[plan.share(step, rank=rank, world_size=2)[0][0]].uri is None for rank in (0, 1)
         )
-        for step in range(100)
+        for step in range(200)
     }
     assert len(kinds) == 4, "every arrangement occurred"
