@@ -6,7 +6,7 @@ Never part of an artifact's identity: a resume may change any of it.
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.storage import Storage, check_root
@@ -57,6 +57,9 @@ class Where:
     step_deadline: str = "30m"
     """How long one training step may take. After that a process waits for another that is gone:
     it writes where it stands, ends, and Ray starts all from the last checkpoint."""
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where a training run's curves go: TensorBoard files in the model's artifact, or Weights &
+    Biases (WANDB_API_KEY, WANDB_MODE and the like in the environment of the workers)."""
     finish_by: str | None = None
     """How long captioning may take from its start, e.g. `6h30m`. The first blocks measure the
     speed; then the pool gets the size that makes it, `max_actors` at most."""

@@ -14,6 +14,7 @@ from sg4v_ray.training.checkpoint import Progress
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.loop import LASTING
 from sg4v_ray.training.plan import Lengths, Plan, total_steps, unknown_lengths
+from sg4v_ray.training.tracker import TrackerKind
 
 OUTCOME: Final = "outcome.json"
 BY_NAME: Final = {one.__name__: one for one in LASTING}
@@ -35,6 +36,7 @@ class Job:
     gpu: bool
     progress: bool
     held_out: Ref | None = None
+    tracker: TrackerKind = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ from sg4v_ray.core.lease import Lease, hold
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where, seconds_of
 from sg4v_ray.model.config import ModelConfig
-from sg4v_ray.training import checkpoint
+from sg4v_ray.training import checkpoint, tracker
 from sg4v_ray.training.config import Fresh, StageConfig
 from sg4v_ray.training.job import BY_NAME, OUTCOME, Job, Outcome
 from sg4v_ray.training.lengths import TOKENIZER, Ruler, measure
@@ -141,6 +141,7 @@ def _job(config: StageConfig, start: Ref | Fresh, dataset: Ref, out: Ref, where:
         step_deadline_s=seconds_of(where.step_deadline),
         gpu=where.train_gpu,
         progress=where.progress,
+        tracker=where.tracker,
     )
 
 
@@ -180,6 +181,7 @@ def _check(job: Job, where: Where) -> None:
         raise ConfigError("held_out and held_out_every_steps belong together; give both or neither")
     if job.held_out == job.dataset:
         raise ConfigError(f"held_out is {job.held_out}, which is trained on; give another dataset")
+    tracker.check(where.tracker)
     _check_cluster(where)
 
 

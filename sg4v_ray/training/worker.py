@@ -5,6 +5,7 @@ Ray Train runs `work` on every worker. What the driver needs to know comes back 
 the checkpoints: it outlives both processes.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,6 +21,7 @@ from ray.util.metrics import Gauge
 
 from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
 from sg4v_ray.core import observe
+from sg4v_ray.core.config import to_plain
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.model import weights
 from sg4v_ray.model.conversation import Conversation, chat_template
@@ -37,6 +39,7 @@ from sg4v_ray.training.metrics import Metrics, Monitor, Work
 from sg4v_ray.training.plan import Plan, unknown_lengths
 from sg4v_ray.training.samples import Samples, open_samples
 from sg4v_ray.training.schedule import Schedule
+from sg4v_ray.training.tracker import Tracker, open_tracker
 
 _log = logging.getLogger(__name__)
 
@@ -53,10 +56,18 @@ def work(job: Job) -> None:
     with tempfile.TemporaryDirectory(prefix="sg4v-model-") as name:
         folder = Path(name)
         model = prepare(job, home, folder)
-        monitor = _RayMonitor(str(job.out), rank=dist.get_rank(), show=job.progress)
+        rank = dist.get_rank()
+        tracker = open_tracker(
+            job.tracker if rank == 0 else "none",
+            home,
+            name=str(job.out),
+            settings=to_plain(job.stage),
+        )
+        monitor = _RayMonitor(str(job.out), tracker, rank=rank, show=job.progress)
         loop = make_loop(job, home, folder, model, monitor)
         try:
-            outcome = Outcome(progress=train(loop))
+            with contextlib.closing(tracker):
+                outcome = Outcome(progress=train(loop))
         except LASTING as error:
             outcome = Outcome(error=type(error).__name__, message=str(error))
         else:
@@ -167,10 +178,11 @@ def _export(job: Job, home: Storage, folder: Path, model: Any, engine: Any) -> d
 
 
 class _RayMonitor:
-    """Sends metrics to Ray Train and, from rank 0, to Prometheus and the log."""
+    """Sends metrics to Ray Train and, from rank 0, to a tracker, Prometheus and the log."""
 
-    def __init__(self, artifact: str, *, rank: int, show: bool) -> None:
+    def __init__(self, artifact: str, tracker: Tracker, *, rank: int, show: bool) -> None:
         self._rank, self._show, self._was_asked = rank, show, False
+        self._tracker = tracker
         self._labels = {"artifact": artifact}
         self._gauges = {
             field: Gauge(metric.name, metric.description, metric.labels)
@@ -196,6 +208,7 @@ class _RayMonitor:
     def report(self, metrics: Metrics) -> None:
         """Take the metrics of the last step."""
         ray.train.report(dataclasses.asdict(metrics))
+        self._tracker.log(metrics)
         if self._rank != 0:
             return
         for field, gauge in self._gauges.items():
