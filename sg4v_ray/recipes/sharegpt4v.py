@@ -24,6 +24,8 @@ from sg4v_ray.training.config import StageConfig, StageKind
 from sg4v_ray.training.estimate import Data, Run, mfu_of
 
 Size = Literal["7b", "13b", "nano"]
+_SPIKE: Final = 3.0
+"""Ours: a loss of three medians is no part of a healthy run."""
 
 
 def align() -> StageConfig:
@@ -53,6 +55,7 @@ def captioner() -> StageConfig:
         geometry="pad",
         trainable=CAPTIONER,
         learning_rate=2e-5,
+        spike_factor=_SPIKE,
         global_batch=256,
         micro_batch=16,
         zero_stage=3,
@@ -75,6 +78,7 @@ def pretrain(vision_from_block: int | None = PRETRAIN.vision_from_block) -> Stag
             projector=True, language_model=True, vision_from_block=vision_from_block
         ),
         learning_rate=2e-5,
+        spike_factor=_SPIKE,
         global_batch=256,
         micro_batch=16,
         zero_stage=3,
@@ -89,6 +93,7 @@ def finetune() -> StageConfig:
         geometry="pad",
         trainable=FINETUNE,
         learning_rate=2e-5,
+        spike_factor=_SPIKE,
         global_batch=128,
         micro_batch=8,
         zero_stage=3,
