@@ -54,6 +54,10 @@ class Where:
     """Give every training process a GPU."""
     worker_cpus: float = 1.0
     """CPUs that one training process reserves; it computes with as many threads, at least 1."""
+    loader_processes: int = 0
+    """Processes a training process that read and decode what it trains on, about four a GPU; count
+    them in `worker_cpus`. 0 decodes in threads of the training process: right where CPUs compute,
+    but on GPUs these take turns with the thread that launches the kernels."""
     step_deadline: str = "30m"
     """How long one training step may take. After that a process waits for another that is gone:
     it writes where it stands, ends, and Ray starts all from the last checkpoint."""
@@ -79,6 +83,11 @@ class Where:
             )
         if self.train_workers < 1:
             raise ConfigError(f"train_workers must be at least 1, got {self.train_workers}")
+        if self.loader_processes < 0:
+            raise ConfigError(
+                f"loader_processes must be at least 0, got {self.loader_processes}; 0 decodes in "
+                "threads of the training process"
+            )
         seconds_of(self.step_deadline)
         if self.finish_by is not None:
             seconds_of(self.finish_by)

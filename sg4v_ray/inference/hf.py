@@ -28,7 +28,7 @@ from sg4v_ray.inference.engine import Delta, EngineStats, FinishReason, Generati
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.inference.prompt import PromptRules
 from sg4v_ray.inference.row_sampling import RowSampler
-from sg4v_ray.model.processor import PixelMaker
+from sg4v_ray.model.pixels import PixelMaker
 from sg4v_ray.model.weights import load
 
 

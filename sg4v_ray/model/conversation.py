@@ -9,7 +9,7 @@ user they stay text. An image has one placeholder here; whoever makes tensors ex
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -76,6 +76,10 @@ class Conversation:
         if not file.is_file():
             raise ContractError(f"{folder} has no tokenizer.json; export the tokenizer with it")
         return cls(_text_tokenizer(file.read_text(encoding="utf-8")), template)
+
+    def __reduce__(self) -> tuple[Callable[..., "Conversation"], tuple[str, TemplateName]]:
+        # A pickled tokenizer forgets that typed specials are text.
+        return _reopened, (self._tokenizer.to_str(), self.template)
 
     @property
     def bos_token_id(self) -> int:
@@ -294,6 +298,10 @@ def _text_tokenizer(data: str) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _reopened(data: str, template: TemplateName) -> Conversation:
+    return Conversation(_text_tokenizer(data), template)
 
 
 def _pre_tokenizers(config: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

@@ -1,26 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files beside the weights: tokenizer, chat template and image processor; and normalisation.
+"""The files beside the weights: tokenizer, chat template and image processor.
 
-`save_processor` writes what AutoProcessor and vLLM load. `PixelMaker` is the same normalisation for
-training and HFEngine, equal to the bit to what the saved processor makes inside vLLM.
+`save_processor` writes what AutoProcessor and vLLM load.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-from transformers import (
-    AutoImageProcessor,
-    LlavaImageProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.model.config import BOS_TOKEN_ID, EOS_TOKEN_ID, ModelConfig
 from sg4v_ray.model.geometry import Geometry
 
@@ -98,44 +87,3 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> None:
             f"the tokenizer has ids up to {max(vocab.values())}, but {config.name} has a "
             f"vocabulary of {config.vocab_size}; raise vocab_size"
         )
-
-
-class PixelMaker:
-    """uint8 squares -> what the vision tower takes; made by `open`."""
-
-    def __init__(self, *, size: int, mean: Tensor, std: Tensor) -> None:
-        self.size = size
-        self._mean = mean
-        self._std = std
-
-    @classmethod
-    def open(cls, folder: Path) -> "PixelMaker":
-        """Read the image processor of a model folder."""
-        saved = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        scale = 1.0 / saved.rescale_factor
-        return cls(
-            size=saved.crop_size["height"],
-            mean=(torch.tensor(saved.image_mean) * scale).view(3, 1, 1),
-            std=(torch.tensor(saved.image_std) * scale).view(3, 1, 1),
-        )
-
-    def __call__(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-        """Return (N, 3, S, S) float32.
-
-        Args:
-            images: N times (S, S, 3), from `model.geometry.as_model_sees`.
-
-        Raises:
-            ContractError: an image has another shape.
-        """
-        shape = (self.size, self.size, 3)
-        for image in images:
-            if image.shape != shape:
-                raise ContractError(
-                    f"an image has the shape {image.shape}, expected {shape}; make it with "
-                    "model.geometry.as_model_sees"
-                )
-        if not images:
-            return torch.empty((0, 3, self.size, self.size))
-        levels_NHWC = torch.from_numpy(np.stack(images))
-        return levels_NHWC.permute(0, 3, 1, 2).to(torch.float32).sub_(self._mean).div_(self._std)

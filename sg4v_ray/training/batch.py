@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From sample numbers to tensors: dataset@v -> rows -> micro-batches, made one step ahead.
+"""From sample numbers to tensors: dataset@v -> rows -> micro-batches, made ahead (`loader`).
 
 A sample that cannot be used (a broken image, nothing left of it to learn) keeps its place as a row
 that weighs nothing; it is counted by reason. Every micro-batch holds at least one image: under
@@ -10,8 +10,8 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from sg4v_ray.core.records import Sample
 from sg4v_ray.inference.engine import Pixels
 from sg4v_ray.model.conversation import IGNORE, Conversation
 from sg4v_ray.model.geometry import Geometry, as_model_sees
+from sg4v_ray.training.loader import by_processes, by_threads
 from sg4v_ray.training.plan import FILLER, Plan
 from sg4v_ray.training.samples import Samples
 
@@ -34,14 +35,14 @@ _log = logging.getLogger(__name__)
 #   N  images of a micro-batch    S  side of an image in pixels
 
 Normalise = Callable[[Sequence[Pixels]], Tensor]
-"""Squares to (N, 3, S, S): `model.processor.PixelMaker`."""
+"""Squares to (N, 3, S, S): `model.pixels.PixelMaker`."""
 
 NO_LABELS = "no_labels"
 """Why a sample is not used when its answers lie beyond `max_length`."""
 
-# Squares and tokens of a worker are kept up to this size and then no more: easy-VQA (5,000 images
-# of 64 pixels) fits and is decoded once, ShareGPT4V does not and does not fill the memory.
-_KEPT_BYTES = 256 * 2**20
+KEPT_BYTES = 256 * 2**20
+"""Squares and tokens of a worker are kept up to this size and then no more: easy-VQA (5,000 images
+of 64 pixels) fits and is decoded once, ShareGPT4V does not and does not fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,16 @@ class MicroBatch:
     """`labels`, `tokens`, `padding`, `samples`, `images`, `rejected`, `cut`, and
     `rejected_<reason>`."""
 
+    def pin_memory(self) -> "MicroBatch":
+        """Return the same in page-locked memory; torch's loader calls this by its name."""
+        return replace(
+            self,
+            input_ids_BT=self.input_ids_BT.pin_memory(),
+            attention_mask_BT=self.attention_mask_BT.pin_memory(),
+            labels_BT=self.labels_BT.pin_memory(),
+            pixels_N3SS=self.pixels_N3SS.pin_memory(),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowRules:
@@ -84,16 +95,30 @@ class RowRules:
 
 
 class Rows:
-    """Makes the row of a sample number; safe to call from several threads."""
+    """Makes the row of a sample number; safe to call from several threads.
 
-    def __init__(self, samples: Samples, conversation: Conversation, rules: RowRules) -> None:
+    Sent to another process it arrives with nothing kept and nothing counted.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        conversation: Conversation,
+        rules: RowRules,
+        *,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
         self.pad_token_id = conversation.pad_token_id
         self._samples, self._conversation, self._rules = samples, conversation, rules
+        self._kept_bytes = self._free_bytes = kept_bytes
         self._kept: dict[int, Row] = {}
-        self._free_bytes = _KEPT_BYTES
         self._num_rejected = 0
         self._lock = threading.Lock()
         self.filler = self._filler()
+
+    def __reduce__(self) -> tuple[Callable[..., "Rows"], tuple[object, ...]]:
+        again = partial(Rows, kept_bytes=self._kept_bytes)
+        return again, (self._samples, self._conversation, self._rules)
 
     def __call__(self, index: int) -> Row:
         """Return the row of a sample, or of `FILLER`."""
@@ -144,7 +169,7 @@ class Rows:
             count = self._num_rejected
         if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th...: a broken disk fills no log
             _log.warning(
-                "sample %s (%s) is not used: %s, %s; %d so far in this worker",
+                "sample %s (%s) is not used: %s, %s; %d so far in this process",
                 sample.id,
                 sample.uri,
                 reason,
@@ -202,27 +227,27 @@ class Batches:
     rank: int
     world_size: int
     threads: int
-    """Threads that read and decode the next step while this one computes."""
+    """Threads that make the next step while this one computes, where there are no processes."""
+    processes: int = 0
+    """Processes that make the next steps."""
+    pin: bool = False
+    """Lay tensors where a GPU can read them while it computes."""
 
     def steps(self, first: int) -> Iterator[list[MicroBatch]]:
-        """Yield the micro-batches of each step from `first` to the end of the plan."""
-        with ThreadPoolExecutor(self.threads, "sg4v-rows") as pool:
-            coming = self._submit(pool, first)
-            while coming:
-                now, first = coming, first + 1
-                coming = self._submit(pool, first)
-                yield [
-                    collate(
-                        [one.result() for one in rows],
-                        self.normalise,
-                        filler=self.rows.filler,
-                        pad=self.rows.pad_token_id,
-                    )
-                    for rows in now
-                ]
+        """Yield the micro-batches of each step from `first` to the end of the plan.
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int) -> list[list[Future[Row]]]:
-        if step >= self.plan.total_steps:
-            return []
-        share = self.plan.share(step, rank=self.rank, world_size=self.world_size)
-        return [[pool.submit(self.rows, index) for index in one] for one in share]
+        Raises:
+            LoaderFailed: one of the processes is gone.
+        """
+        shares = (
+            self.plan.share(step, rank=self.rank, world_size=self.world_size)
+            for step in range(first, self.plan.total_steps)
+        )
+        batch = partial(_batch, self.rows, self.normalise)
+        if not self.processes:
+            return by_threads(self.rows, batch, shares, threads=self.threads, pin=self.pin)
+        return by_processes(self.rows, batch, shares, processes=self.processes, pin=self.pin)
+
+
+def _batch(rows: Rows, normalise: Normalise, made: Sequence[Row]) -> MicroBatch:
+    return collate(made, normalise, filler=rows.filler, pad=rows.pad_token_id)

@@ -37,6 +37,7 @@ class Job:
     progress: bool
     held_out: Ref | None = None
     tracker: TrackerKind = "none"
+    loader_processes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -138,6 +138,7 @@ def _job(config: StageConfig, start: Ref | Fresh, dataset: Ref, out: Ref, where:
         root=where.root,
         out=out,
         threads=max(1, int(where.worker_cpus)),
+        loader_processes=where.loader_processes,
         step_deadline_s=seconds_of(where.step_deadline),
         gpu=where.train_gpu,
         progress=where.progress,

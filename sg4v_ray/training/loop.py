@@ -237,12 +237,13 @@ def _set_deadline(loop: Loop) -> None:
 def _loss_sum(loop: Loop, batch: MicroBatch) -> Tensor:
     device = loop.engine.device
     logits_BTV = loop.engine(
-        input_ids=batch.input_ids_BT.to(device),
-        attention_mask=batch.attention_mask_BT.to(device),
-        pixel_values=batch.pixels_N3SS.to(device, loop.dtype),
+        input_ids=batch.input_ids_BT.to(device, non_blocking=True),
+        attention_mask=batch.attention_mask_BT.to(device, non_blocking=True),
+        # In two calls: in one the CPU converts, into memory that is not pinned.
+        pixel_values=batch.pixels_N3SS.to(device, non_blocking=True).to(loop.dtype),
         use_cache=False,
     ).logits
-    targets_BT = batch.labels_BT[:, 1:].to(device)
+    targets_BT = batch.labels_BT.to(device, non_blocking=True)[:, 1:]
     return functional.cross_entropy(
         logits_BTV[:, :-1].flatten(0, 1).float(),
         targets_BT.flatten(),

@@ -25,6 +25,9 @@ class Samples:
         sizes = [self._reader.get_batch(i).num_rows for i in range(count)]
         self._ends = np.cumsum(sizes)
 
+    def __reduce__(self) -> tuple[type["Samples"], tuple[Path]]:
+        return Samples, (Path(self._where),)  # another process maps the file itself
+
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 

@@ -26,8 +26,9 @@ from sg4v_ray.core.storage import Storage
 from sg4v_ray.model import weights
 from sg4v_ray.model.conversation import Conversation, chat_template
 from sg4v_ray.model.freeze import freeze
-from sg4v_ray.model.processor import PixelMaker, save_processor
-from sg4v_ray.training.batch import Batches, RowRules, Rows
+from sg4v_ray.model.pixels import PixelMaker
+from sg4v_ray.model.processor import save_processor
+from sg4v_ray.training.batch import KEPT_BYTES, Batches, RowRules, Rows
 from sg4v_ray.training.checkpoint import Checkpoints
 from sg4v_ray.training.cluster import tflops_of
 from sg4v_ray.training.deepspeed import initialise
@@ -129,11 +130,18 @@ def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monito
     def batches(of: Samples, planned: Plan) -> Batches:
         return Batches(
             plan=planned,
-            rows=Rows(of, Conversation.open(folder, stage.template), rules),
+            rows=Rows(
+                of,
+                Conversation.open(folder, stage.template),
+                rules,
+                kept_bytes=KEPT_BYTES // max(1, job.loader_processes),
+            ),
             normalise=PixelMaker.open(folder),
             rank=dist.get_rank(),
             world_size=world_size,
             threads=job.threads,
+            processes=job.loader_processes,
+            pin=job.gpu,
         )
 
     held_out = None

@@ -7,58 +7,28 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 
 from sg4v_ray.core.errors import ContractError
-from sg4v_ray.core.images import ImageLimits
-from sg4v_ray.core.records import Sample, Turn, schema, to_table
-from sg4v_ray.model.conversation import IGNORE, Conversation
-from sg4v_ray.model.processor import PixelMaker
-from sg4v_ray.training import batch
-from sg4v_ray.training.batch import NO_LABELS, Batches, MicroBatch, RowRules, Rows, collate
-from sg4v_ray.training.plan import FILLER, Plan, unknown_lengths
+from sg4v_ray.model.conversation import IGNORE
+from sg4v_ray.training.batch import NO_LABELS, MicroBatch, Rows, collate
+from sg4v_ray.training.plan import FILLER
 from sg4v_ray.training.samples import Samples
+from tests.unit.rows_site import (
+    PIXELS,
+    RULES,
+    SIDE,
+    TOKENS_AN_IMAGE,
+    make_batches,
+    open_rows,
+    write_samples,
+)
 
 pytestmark = pytest.mark.training
-
-TOKENS_AN_IMAGE, SIDE = 4, 16
-RULES = RowRules(
-    geometry="pad",
-    image_size=SIDE,
-    num_image_tokens=TOKENS_AN_IMAGE,
-    max_length=400,
-    image_limits=ImageLimits(),
-)
-PIXELS = PixelMaker(size=SIDE, mean=torch.zeros(3, 1, 1), std=torch.ones(3, 1, 1))
-
-
-def _sample(name: str, uri: str | None, answer: str = "red") -> Sample:
-    turns = (Turn(role="user", text="Colour?"), Turn(role="assistant", text=answer))
-    return Sample(id=name, source="test", uri=uri, turns=turns)
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A dataset: 0 good, 1 text only, 2 missing image, 3 cut image, 4 long answer."""
-    good, broken = tmp_path / "good.png", tmp_path / "broken.png"
-    Image.new("RGB", (30, 20), "red").save(good)
-    broken.write_bytes(good.read_bytes()[:40])
-    rows = [
-        _sample("good", str(good)),
-        _sample("text only", None),
-        _sample("missing", str(tmp_path / "nowhere.png")),
-        _sample("broken", str(broken)),
-        _sample("long", f"file://{good}", "red " * 50),
-    ]
-    file = tmp_path / "samples.arrow"
-    with pa.ipc.new_file(str(file), schema(Sample)) as writer:
-        for start in (0, 2, 4):
-            writer.write_table(to_table(Sample, rows[start : start + 2]))
-    return file
-
-
-def _rows(file: Path, tiny_model: Path, rules: RowRules = RULES) -> Rows:
-    return Rows(Samples(file), Conversation.open(tiny_model, "vicuna_v1"), rules)
+    return write_samples(tmp_path)
 
 
 def _batch(rows: Rows, *indexes: int) -> MicroBatch:
@@ -92,7 +62,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_an_image_takes_as_many_tokens_as_the_model_makes_of_it(
     file: Path, tiny_model: Path
 ) -> None:
-    made = _batch(_rows(file, tiny_model), 0)
+    made = _batch(open_rows(file, tiny_model), 0)
     assert int(_is_image(made).sum()) == TOKENS_AN_IMAGE
     assert made.pixels_N3SS.shape == (1, 3, SIDE, SIDE)
     assert set(made.labels_BT[_is_image(made)].tolist()) == {IGNORE}
@@ -101,7 +71,7 @@ def test_an_image_takes_as_many_tokens_as_the_model_makes_of_it(
 def test_short_rows_are_padded_on_the_right_and_the_padding_weighs_nothing(
     file: Path, tiny_model: Path
 ) -> None:
-    made = _batch(_rows(file, tiny_model), 0, 4)
+    made = _batch(open_rows(file, tiny_model), 0, 4)
     padding = made.attention_mask_BT[0] == 0
     assert 0 < int(padding.sum()) == len(padding) - int(made.attention_mask_BT[0].sum())
     assert bool(padding[-1]) and not bool(padding[0])
@@ -114,7 +84,7 @@ def test_short_rows_are_padded_on_the_right_and_the_padding_weighs_nothing(
 def test_a_batch_without_an_image_gets_a_row_with_one_that_weighs_nothing(
     file: Path, tiny_model: Path
 ) -> None:
-    made = _batch(_rows(file, tiny_model), 1)
+    made = _batch(open_rows(file, tiny_model), 1)
     assert made.input_ids_BT.shape[0] == 2
     assert made.pixels_N3SS.shape[0] == 1
     assert int(_is_image(made)[1].sum()) == TOKENS_AN_IMAGE
@@ -126,7 +96,7 @@ def test_a_batch_without_an_image_gets_a_row_with_one_that_weighs_nothing(
 def test_a_bad_image_keeps_its_place_without_weight_and_is_counted_by_reason(
     file: Path, tiny_model: Path, index: int, reason: str
 ) -> None:
-    made = _batch(_rows(file, tiny_model), 0, index)
+    made = _batch(open_rows(file, tiny_model), 0, index)
     assert made.input_ids_BT.shape[0] == made.pixels_N3SS.shape[0] == 2
     assert set(made.labels_BT[1].tolist()) == {IGNORE}
     assert made.counts["samples"] == 2
@@ -134,15 +104,15 @@ def test_a_bad_image_keeps_its_place_without_weight_and_is_counted_by_reason(
 
 
 def test_fillers_are_no_samples(file: Path, tiny_model: Path) -> None:
-    made = _batch(_rows(file, tiny_model), FILLER, FILLER)
+    made = _batch(open_rows(file, tiny_model), FILLER, FILLER)
     assert made.counts["samples"] == made.counts["labels"] == made.counts["rejected"] == 0
     assert made.pixels_N3SS.shape[0] == 2
 
 
 def test_a_long_answer_is_cut_and_counted(file: Path, tiny_model: Path) -> None:
-    whole = _batch(_rows(file, tiny_model), 4)
+    whole = _batch(open_rows(file, tiny_model), 4)
     limit = whole.input_ids_BT.shape[1] - 10
-    made = _batch(_rows(file, tiny_model, replace(RULES, max_length=limit)), 4)
+    made = _batch(open_rows(file, tiny_model, replace(RULES, max_length=limit)), 4)
     assert made.counts["cut"] == 1 and whole.counts["cut"] == 0
     assert torch.equal(made.labels_BT[0], whole.labels_BT[0, :limit])
 
@@ -150,32 +120,22 @@ def test_a_long_answer_is_cut_and_counted(file: Path, tiny_model: Path) -> None:
 def test_a_sample_without_a_label_left_is_counted_like_a_bad_image(
     file: Path, tiny_model: Path
 ) -> None:
-    made = _batch(_rows(file, tiny_model, replace(RULES, max_length=12)), 0)
+    made = _batch(open_rows(file, tiny_model, replace(RULES, max_length=12)), 0)
     assert made.counts[f"rejected_{NO_LABELS}"] == made.counts["rejected"] == 1
     assert int(_is_image(made).sum()) == TOKENS_AN_IMAGE, "an image is never cut in two"
 
 
-def test_rows_are_kept_only_while_they_fit(
-    file: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = _rows(file, tiny_model)
+def test_rows_are_kept_only_while_they_fit(file: Path, tiny_model: Path) -> None:
+    rows = open_rows(file, tiny_model)
     assert rows(0) is rows(0)
-    monkeypatch.setattr(batch, "_KEPT_BYTES", 0)
-    rows = _rows(file, tiny_model)
+    rows = open_rows(file, tiny_model, kept_bytes=0)
     assert rows(0) is not rows(0)
 
 
 def test_a_resumed_worker_makes_the_batches_that_it_would_have_made(
     file: Path, tiny_model: Path
 ) -> None:
-    batches = Batches(
-        plan=Plan(lengths=unknown_lengths(5), global_batch=4, micro_batch=2, total_steps=5, seed=0),
-        rows=_rows(file, tiny_model),
-        normalise=PIXELS,
-        rank=1,
-        world_size=2,
-        threads=2,
-    )
+    batches = make_batches(open_rows(file, tiny_model))
     whole, rest = list(batches.steps(0)), list(batches.steps(3))
     assert (len(whole), len(rest)) == (5, 2)
     for (before,), (after,) in zip(whole[3:], rest, strict=True):

@@ -18,7 +18,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from sg4v_ray.core.errors import ConfigError, ContractError, WeightsError
 from sg4v_ray.model import weights
 from sg4v_ray.model.config import ModelConfig, nano
-from sg4v_ray.model.processor import PixelMaker, save_processor
+from sg4v_ray.model.pixels import PixelMaker
+from sg4v_ray.model.processor import save_processor
 
 CONFIG = replace(nano(), vocab_size=320)
 State = dict[str, Tensor]

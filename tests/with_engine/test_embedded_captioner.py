@@ -30,7 +30,7 @@ from sg4v_ray.inference.open import EngineConfig, open_engine
 from sg4v_ray.model.conversation import Conversation
 from sg4v_ray.model.geometry import Geometry, as_model_sees
 from sg4v_ray.model.instructions import UNIFIED
-from sg4v_ray.model.processor import PixelMaker
+from sg4v_ray.model.pixels import PixelMaker
 from sg4v_ray.recipes import embedded
 from sg4v_ray.training.batch import RowRules, Rows
 from sg4v_ray.training.samples import Samples

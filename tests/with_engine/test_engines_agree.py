@@ -22,7 +22,7 @@ from sg4v_ray.inference.engine import (
 )
 from sg4v_ray.model import weights
 from sg4v_ray.model.config import EOS_TOKEN_ID, ModelConfig
-from sg4v_ray.model.processor import PixelMaker
+from sg4v_ray.model.pixels import PixelMaker
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Ask = Callable[..., Request]

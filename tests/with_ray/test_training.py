@@ -148,6 +148,43 @@ def test_three_killed_workers_and_three_killed_drivers_leave_the_weights_to_the_
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
 
 
+def _loaders() -> list[psutil.Process]:
+    """The loader processes of this test's own Ray cluster."""
+    below = psutil.Process().children(recursive=True)
+    servers = {one.pid for one in below if "multiprocessing.forkserver" in " ".join(one.cmdline())}
+    return [one for one in below if one.ppid() in servers]
+
+
+@pytest.mark.soak
+def test_a_killed_loader_process_is_a_restart_that_changes_no_weight_and_none_is_left(
+    site: Site, reference: Manifest
+) -> None:
+    home, killed = site.storage.sub(Ref(name="loaders").path), []
+
+    def kill_one() -> None:
+        _wait_for(lambda: _newest_step(home) > 0, still=threading.main_thread().is_alive)
+        killed.append(_loaders()[0])
+        killed[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    done = launch.run(
+        STAGE,
+        start=site.fresh(),
+        dataset=DATASET,
+        out=Ref(name="loaders"),
+        where=replace(site.where(), loader_processes=2),
+    )
+    killer.join()
+    assert len(done.facts["resumed_at"]) == len(killed) == 1
+    assert done.facts["losses"] == reference.facts["losses"]
+    assert done.counts == reference.counts
+    expected, got = site.weights("reference"), site.weights("loaders")
+    assert all(torch.equal(got[name], weight) for name, weight in expected.items())
+    _, alive = psutil.wait_procs(_loaders(), timeout=60)
+    assert not alive
+
+
 def test_rows_sorted_by_length_are_all_trained_on_and_their_lengths_are_those_of_the_rows(
     site: Site, tmp_path: Path, ray_cluster: None
 ) -> None:

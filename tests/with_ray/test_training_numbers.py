@@ -14,7 +14,8 @@ from torch.nn import functional
 from sg4v_ray.model.config import nano
 from sg4v_ray.model.conversation import IGNORE, Conversation
 from sg4v_ray.model.freeze import ALIGN, freeze
-from sg4v_ray.model.processor import PixelMaker, save_processor
+from sg4v_ray.model.pixels import PixelMaker
+from sg4v_ray.model.processor import save_processor
 from sg4v_ray.model.weights import create
 from sg4v_ray.training.batch import RowRules, Rows, collate
 from sg4v_ray.training.deepspeed import groups
