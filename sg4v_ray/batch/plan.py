@@ -244,7 +244,7 @@ def _execute(
         num_cpus=where.decode_cpus,
         # The default, but said: Ray runs two steps of equal arguments as one, and decoding inside
         # the engine's actor would stop the engine.
-        retry_exceptions=False,
+        max_calls=0,
     )
     rows = rows.map_batches(
         work.actor,

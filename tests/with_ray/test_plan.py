@@ -87,6 +87,7 @@ def add_rows(storage: Storage, part: int) -> None:
     put_rows(storage.sub("index"), f"part-{part}.parquet", ImageRow, rows)
 
 
+@pytest.mark.filterwarnings("error::ray.util.annotations.RayDeprecationWarning")
 def test_decoding_never_runs_inside_the_engines_actor(tmp_path: Path) -> None:
     # Ray would run both steps as one, as soon as they ask for the same resources.
     where = Where(root=str(tmp_path), engine_cpus=0.5, decode_cpus=0.5, progress=False)
