@@ -19,7 +19,7 @@ from tests.with_ray.caption_site import CAPTIONER, Site, finish
 pytestmark = pytest.mark.timeout(900)
 
 BUCKET = "s3://sg4v-test"
-NUM_IMAGES = 120
+NUM_IMAGES = 60
 
 
 def test_a_killed_job_on_an_object_store_resumes_and_commits(
