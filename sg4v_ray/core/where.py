@@ -55,9 +55,9 @@ class Where:
     worker_cpus: float = 1.0
     """CPUs that one training process reserves; it computes with as many threads, at least 1."""
     loader_processes: int = 0
-    """Processes a training process that read and decode what it trains on, about four a GPU; count
-    them in `worker_cpus`. 0 decodes in threads of the training process: right where CPUs compute,
-    but on GPUs these take turns with the thread that launches the kernels."""
+    """Processes of a training process that read and decode what it trains on: 4 a GPU, as
+    published; count them in `worker_cpus`. 0 decodes in threads of the training process: right
+    where CPUs compute, but on GPUs these take turns with the thread that launches kernels."""
     step_deadline: str = "30m"
     """How long one training step may take. After that a process waits for another that is gone:
     it writes where it stands, ends, and Ray starts all from the last checkpoint."""
