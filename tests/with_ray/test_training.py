@@ -156,6 +156,7 @@ def _loaders() -> list[psutil.Process]:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1500)
 def test_a_killed_loader_process_is_a_restart_that_changes_no_weight_and_none_is_left(
     site: Site, reference: Manifest
 ) -> None:
