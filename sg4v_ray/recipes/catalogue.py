@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from sg4v_ray.recipes import easy_vqa, mixes, sources
+from sg4v_ray.recipes import easy_vqa, mixes, paper, sources
 from sg4v_ray.recipes.line import Line
 
 RECIPES: Final[Mapping[str, Callable[[], Line]]] = {
@@ -20,6 +20,7 @@ RECIPES: Final[Mapping[str, Callable[[], Line]]] = {
     "sft-mix-published": mixes.published,
     "sft-mix-equal": mixes.equal,
     "llava-data": mixes.llava_data,
+    "sharegpt4v": paper.sharegpt4v_line,
     "easy-vqa": easy_vqa.easy_vqa,
     "easy-vqa-one-word": easy_vqa.easy_vqa_one_word,
     "easy-vqa-no-pretraining": easy_vqa.easy_vqa_no_pretraining,

@@ -13,7 +13,7 @@ from jobs.__main__ import listing
 from jobs.run_all import plan
 from sg4v_ray.core.errors import ArtifactMissing, ConfigError
 from sg4v_ray.core.where import Where
-from sg4v_ray.recipes import embedded
+from sg4v_ray.recipes import embedded, paper
 from sg4v_ray.recipes.catalogue import RECIPES
 from sg4v_ray.sources.easy_vqa import EasyVqaImages
 from sg4v_ray.sources.index import IndexConfig
@@ -113,6 +113,8 @@ def test_every_recipe_is_a_plan_in_which_inputs_come_first(name: str) -> None:
     made = set()
     if line.caption is not None and line.caption.captioner == embedded.CAPTIONER:
         made.add(str(embedded.CAPTIONER))
+    if name.startswith("sharegpt4v"):
+        made.add(str(paper.BASE))  # imported
     for step in plan(line, Where(root="/x")):
         part = step.args[0]
         for field in ("images", "dataset", "start", "captioner", "questions", "model"):
