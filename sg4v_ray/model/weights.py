@@ -52,8 +52,14 @@ def create(config: ModelConfig, *, seed: int) -> LlavaForConditionalGeneration:
         return LlavaForConditionalGeneration(to_transformers(config))
 
 
-def load(folder: Path, *, dtype: str) -> LlavaForConditionalGeneration:
+def load(folder: Path, *, dtype: str | None) -> LlavaForConditionalGeneration:
     """Return the model of a folder, in eval mode on the CPU.
+
+    Args:
+        folder: in the layout of llava-hf.
+        dtype: of the weights, or None for that of the files. Weights of the files' dtype are the
+            files, mapped: all processes of a node share them, and one that writes into them has
+            its own copy. Of another dtype they are a copy.
 
     Raises:
         WeightsError: there are no safetensors (pickled weights are never opened), or keys are
@@ -66,7 +72,7 @@ def load(folder: Path, *, dtype: str) -> LlavaForConditionalGeneration:
         )
     model, report = LlavaForConditionalGeneration.from_pretrained(
         folder,
-        dtype=to_dtype(dtype),
+        dtype="auto" if dtype is None else to_dtype(dtype),
         attn_implementation="sdpa",
         local_files_only=True,
         use_safetensors=True,

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import deepspeed
+import torch
 from torch import nn
 
 from sg4v_ray.model.freeze import vision_depth
+from sg4v_ray.model.weights import to_dtype
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.schedule import SCALE
 
@@ -81,20 +83,44 @@ def groups(
     ]
 
 
-def initialise(model: nn.Module, config: StageConfig, *, world_size: int, gpu: bool) -> Any:
-    """Return DeepSpeed's engine around a model whose frozen parameters are set."""
+def initialise(model: nn.Module, stage: StageConfig, *, world_size: int, gpu: bool) -> Any:
+    """Return DeepSpeed's engine around a model whose frozen parameters are set.
+
+    Args:
+        model: on the CPU, with weights of the stage's dtype; under ZeRO-3 of any.
+        stage: what is trained and how.
+        world_size: number of ranks.
+        gpu: whether each rank has one.
+    """
     # On CPUs DeepSpeed would compile a shared-memory all-reduce that training never calls: two
     # minutes at the first start, and a worker killed meanwhile leaves a lock on which every later
     # one waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", _RENAMED, FutureWarning)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=groups(
-            model.named_parameters(),
-            weight_decay=config.weight_decay,
-            vision_layer_decay=config.vision_layer_decay,
-        ),
-        config=settings(config, world_size=world_size, gpu=gpu),
+    config = settings(stage, world_size=world_size, gpu=gpu)
+    trained = groups(  # before sharding, which leaves no shapes
+        model.named_parameters(),
+        weight_decay=stage.weight_decay,
+        vision_layer_decay=stage.vision_layer_decay,
     )
+    if stage.zero_stage == 3:
+        _shard(model, config, to_dtype(stage.dtype))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
     return engine
+
+
+def _shard(model: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Leave each rank its part of every parameter.
+
+    DeepSpeed would do the same later, but first put the whole model on every GPU, and on CPUs
+    write rank 0's weights into every other rank's: into a copy, where files are mapped.
+    """
+    first: Any = None
+    for parameter in model.parameters():
+        # The one whole parameter of this rank's own; DeepSpeed frees it when it has its part.
+        parameter.data = parameter.data.to(dtype, copy=True)
+        if first is None:
+            first = parameter
+            deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=config)
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from ray.train.v2._internal.execution import context as train_context
 from ray.util.metrics import Gauge
+from torch import Tensor
 
 from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
 from sg4v_ray.core import observe
@@ -84,7 +85,10 @@ def prepare(job: Job, home: Storage, folder: Path) -> Any:
     model: Any
     if isinstance(job.start, ModelSource):
         source = job.start.localise()
-        model, tokenizer = weights.load(source, dtype=stage.dtype), source / "tokenizer.json"
+        # Sharding casts parameter by parameter; a whole model in another dtype than the files'
+        # would be a copy in every rank.
+        dtype = None if stage.zero_stage == 3 else stage.dtype
+        model, tokenizer = weights.load(source, dtype=dtype), source / "tokenizer.json"
     else:
         model = weights.create(job.model, seed=job.start).to(weights.to_dtype(stage.dtype))
         tokenizer = folder / "tokenizer.json"
@@ -179,10 +183,18 @@ def _export(job: Job, home: Storage, folder: Path, model: Any, engine: Any) -> d
     state = engine._zero3_consolidated_16bit_state_dict() if sharded else model.state_dict()
     if dist.get_rank() != 0:
         return {}
-    # DeepSpeed lays parameters into one buffer, and safetensors takes no views of another tensor.
-    copied = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-    weights.save(model, folder, dtype=job.stage.export_dtype, state=copied)
+    dtype = weights.to_dtype(job.stage.export_dtype)
+    for name in state:  # one after the other: what it replaces is freed, there is no second model
+        state[name] = _alone(state[name].detach().to("cpu", dtype))
+    weights.save(model, folder, dtype=job.stage.export_dtype, state=state)
     return home.upload(folder, MODEL_FOLDER)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Return a tensor that owns its memory: DeepSpeed lays parameters into one buffer, and
+    safetensors takes no views of another tensor.
+    """
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 class _RayMonitor:

@@ -126,6 +126,31 @@ def test_weights_are_kept_in_the_dtype_asked_for(tmp_path: Path) -> None:
     assert weights.load(tmp_path, dtype="float32").dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_without_a_dtype_weights_keep_that_of_the_files(tmp_path: Path, dtype: str) -> None:
+    weights.save(weights.create(CONFIG, seed=1), tmp_path, dtype=dtype)
+    kept, asked = (weights.load(tmp_path, dtype=one) for one in (None, dtype))
+    assert {one.dtype for one in kept.parameters()} == {weights.to_dtype(dtype)}
+    expected = dict(asked.named_buffers()) | asked.state_dict()
+    found = dict(kept.named_buffers()) | kept.state_dict()
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_weights_may_be_written_into_and_their_files_deleted(saved: Path, tmp_path: Path) -> None:
+    folder = _changed(saved, tmp_path, lambda state: None)
+    written, read = (weights.load(folder, dtype=None) for _ in range(2))
+    with torch.no_grad():
+        for parameter in written.parameters():
+            parameter.zero_()
+    again = weights.load(folder, dtype=None)
+    (folder / "model.safetensors").unlink()
+    expected = weights.create(CONFIG, seed=1).state_dict()
+    for model in (read, again):
+        assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items())
+    assert not any(one.any() for one in written.parameters())
+
+
 def test_a_big_model_is_written_in_shards_with_an_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,20 +12,26 @@ import socket
 import subprocess
 import sys
 import uuid
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
+from typing import TypeVar
 
+from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.training.checkpoint import Progress
 from sg4v_ray.training.config import StageConfig
 from tests.with_ray.training_site import Site
 
+T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A run of some ranks, to be stopped after a step."""
+    """A run of some ranks, to be stopped after a step; at 0 when it is ready for the first."""
 
     site: Site
     name: str
@@ -33,6 +39,7 @@ class Phase:
     world_size: int
     stop_at: int | None
     step_deadline_s: float = 60.0
+    start: ModelSource | int = 3
     port: int = field(default_factory=lambda: _free_port())
 
 
@@ -44,6 +51,20 @@ def _free_port() -> int:
 
 def run_phase(phase: Phase) -> Progress:
     """Run a phase to its end and return how far it came; a hang ends by its step's deadline."""
+    made: Progress = pickle.loads(_run(phase).with_suffix(".progress").read_bytes())
+    return made
+
+
+def run_start(phase: Phase) -> list[int]:
+    """Return how many bytes of its own memory each rank took, at most, until it was ready to train.
+
+    Not counted are pages of files, which ranks share (RssAnon in proc(5)).
+    """
+    file = _run(replace(phase, stop_at=0))
+    return [int(file.with_suffix(f".rank{rank}").read_text()) for rank in range(phase.world_size)]
+
+
+def _run(phase: Phase) -> Path:
     file = phase.site.root.parent / f"{uuid.uuid4().hex}.pickle"
     file.write_bytes(pickle.dumps(phase))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -62,8 +83,32 @@ def run_phase(phase: Phase) -> Progress:
             one.kill()
     said = "\n".join(one.read_text()[-10_000:] for one in errors)
     assert all(one.returncode == 0 for one in ranks), said
-    made: Progress = pickle.loads(file.with_suffix(".progress").read_bytes())
-    return made
+    return file
+
+
+def _own_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (one for one in lines if one.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
+
+
+def _growth(make: Callable[[], T]) -> tuple[T, int]:
+    """Return what a function makes, and by how much this process's own memory grew meanwhile."""
+    before, done = _own_bytes(), Event()
+
+    def peak() -> int:
+        most = before
+        while not done.wait(0.01):
+            most = max(most, _own_bytes())
+        return most
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(peak)
+        try:
+            made = make()
+        finally:
+            done.set()
+        return made, found.result() - before
 
 
 def _main(file: Path, rank: int) -> None:
@@ -105,7 +150,7 @@ def _main(file: Path, rank: int) -> None:
     job = Job(
         stage=phase.stage,
         model=phase.site.model,
-        start=3,
+        start=phase.start,
         dataset=phase.site.dataset,
         root=str(phase.site.root),
         out=Ref(name=phase.name),
@@ -116,7 +161,10 @@ def _main(file: Path, rank: int) -> None:
     )
     folder = phase.site.root.parent / "models" / f"{phase.name}-{rank}"
     folder.mkdir(parents=True, exist_ok=True)
-    made = make_loop(job, home, folder, prepare(job, home, folder), Listener())
+    made, growth = _growth(
+        lambda: make_loop(job, home, folder, prepare(job, home, folder), Listener())
+    )
+    file.with_suffix(f".rank{rank}").write_text(str(growth))
     if phase.stop_at is not None:
         begin = made.checkpoints.begin
 
@@ -128,7 +176,7 @@ def _main(file: Path, rank: int) -> None:
 
         made.checkpoints.begin = last  # type: ignore[method-assign]
     try:
-        progress = train(made)
+        progress = Progress() if phase.stop_at == 0 else train(made)
     except Stopped as stopped:
         (progress,) = stopped.args
     if rank == 0:

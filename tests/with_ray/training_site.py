@@ -13,7 +13,9 @@ import safetensors.torch
 from PIL import Image
 from torch import Tensor
 
+from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit
+from sg4v_ray.core.config import to_plain
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import Sample, Turn, schema, to_table
 from sg4v_ray.core.rejects import RejectBudget
@@ -100,6 +102,28 @@ class Site:
 
     def fresh(self) -> Fresh:
         return Fresh(model=self.model, tokenizer_file=str(self.tokenizer), seed=3)
+
+    def commit_model(self, name: str, *, dtype: str) -> ModelSource:
+        """Commit the model with random weights of this dtype."""
+        from sg4v_ray.model import weights  # not where only the driver's side is needed
+
+        ref, folder = Ref(name=name), self.root.parent / name
+        weights.save(weights.create(self.model, seed=3), folder, dtype=dtype)
+        (folder / "tokenizer.json").write_bytes(self.tokenizer.read_bytes())
+        home = begin(self.storage, ref, {"dtype": dtype})
+        with hold(home) as lease:
+            digests = home.upload(folder, MODEL_FOLDER)
+            commit(
+                self.storage,
+                ref,
+                config={"dtype": dtype},
+                inputs={},
+                counts={},
+                digests=digests,
+                facts={"model": to_plain(self.model)},
+                lease=lease,
+            )
+        return ModelSource(root=str(self.root), ref=ref)
 
     def run(self, name: str, stage: StageConfig = STAGE, *, workers: int = 2) -> Manifest:
         return launch.run(
