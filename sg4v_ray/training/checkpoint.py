@@ -248,6 +248,24 @@ class Checkpoints:
             )
         return None
 
+    def restore_step(self, step: int) -> None:
+        """Put the state of a step that was saved into DeepSpeed.
+
+        Raises:
+            CheckpointsDamaged: its checkpoint is gone or not as it was written.
+        """
+        start, names = f"{step:08d}", _from_first(lambda: _complete(self._home))
+        name = next((one for one in names if one.startswith(start)), start)
+        state, record, problem = self._try_to_read(name)
+        problems = [one for one in _gather(problem) if one is not None]
+        if problems or record is None:
+            raise CheckpointsDamaged(
+                f"the checkpoint of step {step}, the best by held-out loss, cannot be read "
+                f"({problems[0]}); restore it from a copy and run again, or train another version "
+                "(--out.version v2) with export_checkpoint 'last'"
+            )
+        restore(self._engine, self._pieces, state, record.progress.updates)
+
     def _try_to_read(self, name: str) -> tuple[State, Checkpoint | None, str | None]:
         """Return the state and the record of a checkpoint, or what is wrong with it."""
         try:

@@ -81,6 +81,9 @@ class StageConfig:
     held_out_every_steps: int | None = None
     """Steps between looks at the loss of samples that are not trained on; until the run ends the
     checkpoint with the least of it is kept. Needs a `held_out` dataset. (Published: none.)"""
+    export_checkpoint: Literal["last", "best"] = "last"
+    """Which weights the finished model has: those of the last step, or those with the least
+    held-out loss, which then are saved at each look that is the best so far."""
     seed: int = 42
     """Order of the samples; transformers' default."""
     image_limits: ImageLimits = field(default_factory=ImageLimits)
@@ -105,6 +108,11 @@ class StageConfig:
         if self.spike_factor is not None and self.spike_factor <= 1:
             raise ConfigError(
                 f"spike_factor must be above 1, got {self.spike_factor}; 3 leaves out spikes alone"
+            )
+        if self.export_checkpoint == "best" and self.held_out_every_steps is None:
+            raise ConfigError(
+                "export_checkpoint 'best' needs held_out_every_steps, got None; set it (and a "
+                "held_out dataset), or export the 'last'"
             )
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError(f"warmup_ratio must be between 0 and 1, got {self.warmup_ratio}")

@@ -45,6 +45,8 @@ class Outcome:
     """What `outcome.json` holds when a run has ended, well or not."""
 
     progress: Progress | None = None
+    exported_step: int = 0
+    """Whose weights the model folder has."""
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     """sha256 of the files of the model folder."""
     error: str = ""

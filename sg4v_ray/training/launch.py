@@ -252,6 +252,7 @@ def _facts(job: Job, outcome: Outcome, *, seconds: float) -> dict[str, object]:
         "step_seconds": [round(one, 4) for one in progress.seconds],
         "data_wait_share": sum(progress.waits_s) / max(1e-9, sum(progress.seconds)),
         "resumed_at": list(progress.resumed_at),
+        "exported_step": outcome.exported_step,
         "held_out": [to_plain(one) for one in progress.held_out],
         "last_attempt_s": round(seconds, 1),
     }

@@ -51,6 +51,8 @@ class Loop:
     held_out: Batches | None
     """Samples that are not trained on."""
     held_out_every_steps: int | None
+    saves_best: bool
+    """Save at each look whose loss is the least so far."""
     checkpoints: Checkpoints
     save_every_steps: int
     step_deadline_s: float
@@ -111,6 +113,8 @@ def _train(loop: Loop) -> Progress:
         must_save = _is_due(progress.step, loop.save_every_steps, is_last=is_last) and (
             made.is_applied or is_last
         )
+        if loop.saves_best and progress.held_out and progress.held_out[-1].step == progress.step:
+            must_save |= least(progress.held_out).step == progress.step
         must_hurry = False
         if is_time or is_last:
             loop.monitor.report(_metrics(loop, pace, progress))
@@ -199,6 +203,11 @@ def _step(loop: Loop, micro_batches: list[MicroBatch], progress: Progress, *, la
         engine.step()
     grad_norm = norm if norm is not None else float(engine.get_global_grad_norm())
     return _Step(loss, grad_norm, is_applied=bool(engine.was_step_applied()))
+
+
+def least(looks: tuple[HeldOut, ...]) -> HeldOut:
+    """Return the look with the least loss, the last one of equals."""
+    return min(looks, key=lambda one: (one.loss, -one.step))
 
 
 def _is_due(step: int, every: int | None, *, is_last: bool) -> bool:

@@ -30,13 +30,13 @@ from sg4v_ray.model.freeze import freeze
 from sg4v_ray.model.pixels import PixelMaker
 from sg4v_ray.model.processor import save_processor
 from sg4v_ray.training.batch import KEPT_BYTES, Batches, RowRules, Rows
-from sg4v_ray.training.checkpoint import Checkpoints
+from sg4v_ray.training.checkpoint import Checkpoints, Progress
 from sg4v_ray.training.cluster import tflops_of
 from sg4v_ray.training.deepspeed import initialise
 from sg4v_ray.training.guard import Guard
 from sg4v_ray.training.job import OUTCOME, Job, Outcome, make_plan, one_epoch
 from sg4v_ray.training.lengths import TOKENIZER, read_lengths
-from sg4v_ray.training.loop import LASTING, Loop, train
+from sg4v_ray.training.loop import LASTING, Loop, least, train
 from sg4v_ray.training.metrics import Metrics, Monitor, Work
 from sg4v_ray.training.plan import Plan, unknown_lengths
 from sg4v_ray.training.samples import Samples, open_samples
@@ -69,7 +69,9 @@ def work(job: Job) -> None:
         loop = make_loop(job, home, folder, model, monitor)
         try:
             with contextlib.closing(tracker):
-                outcome = Outcome(progress=train(loop))
+                progress = train(loop)
+            step = _step_to_export(job, loop, progress)
+            outcome = Outcome(progress=progress, exported_step=step)
         except LASTING as error:
             outcome = Outcome(error=type(error).__name__, message=str(error))
         else:
@@ -157,6 +159,7 @@ def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monito
         batches=batches(samples, plan),
         held_out=held_out,
         held_out_every_steps=stage.held_out_every_steps,
+        saves_best=stage.export_checkpoint == "best",
         schedule=Schedule(
             peak=stage.learning_rate,
             warmup_ratio=stage.warmup_ratio,
@@ -175,6 +178,18 @@ def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monito
 
 def _tflops(device: torch.device) -> float | None:
     return tflops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _step_to_export(job: Job, loop: Loop, progress: Progress) -> int:
+    """Return the step whose weights the model has now: the last, or the best, read from its
+    checkpoint if it is another.
+    """
+    if job.stage.export_checkpoint == "last":
+        return progress.step
+    best = least(progress.held_out).step
+    if best != progress.step:
+        loop.checkpoints.restore_step(best)
+    return best
 
 
 def _export(job: Job, home: Storage, folder: Path, model: Any, engine: Any) -> dict[str, str]:

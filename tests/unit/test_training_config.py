@@ -41,6 +41,7 @@ STAGE = StageConfig(
         ({"rollback_after_skips": 0}, "rollback_after_skips must be at least 1"),
         ({"vision_layer_decay": 0.0}, "vision_layer_decay must be above 0"),
         ({"zero_stage": 0}, "zero_stage 0 keeps no float32 copy"),
+        ({"export_checkpoint": "best"}, "'best' needs held_out_every_steps, got None; set it"),
     ],
 )
 def test_a_wrong_number_is_named_at_construction(change: dict[str, Any], message: str) -> None:

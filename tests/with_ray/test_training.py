@@ -77,6 +77,7 @@ def _training_workers() -> list[psutil.Process]:
 
 def test_the_loss_falls_and_every_sample_is_counted(reference: Manifest) -> None:
     losses = reference.facts["losses"]
+    assert reference.facts["exported_step"] == len(losses)
     assert len(losses) == reference.counts["steps"] == 24  # 60 samples, 8 a step, 3 epochs
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
     assert reference.counts["samples"] == 180
