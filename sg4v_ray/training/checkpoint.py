@@ -29,6 +29,7 @@ from sg4v_ray.core.config import load as load_config
 from sg4v_ray.core.errors import ConfigError, Sg4vError, StorageError
 from sg4v_ray.core.storage import Storage, is_local, local_path, sha256_of
 from sg4v_ray.training.fragments import KINDS, Piece, inner_optimizer, is_whole, pieces, restore
+from sg4v_ray.training.room import check_room
 
 T = TypeVar("T")
 State: TypeAlias = dict[tuple[str, str], Tensor]
@@ -128,7 +129,7 @@ class Checkpoints:
         """Copy the state and write it in the background, after what was begun before.
 
         Raises:
-            StorageError: the one before could not be written.
+            StorageError: the one before could not be written, or there is no room for this one.
         """
         self.finish()
         name = _from_first(lambda: f"{progress.step:08d}-{uuid.uuid4().hex[:8]}")
@@ -140,6 +141,8 @@ class Checkpoints:
             for kind in KINDS
             if writes
         }
+        if not is_local(self._home.root):
+            check_room(sum(one.nbytes for one in copies.values()))
         written = self._pool.submit(self._write, f"{FOLDER}/{name}", copies)
         self._writing = (name, progress, written)
 
