@@ -263,9 +263,8 @@ class Checkpoints:
         problems = [one for one in _gather(problem) if one is not None]
         if problems or record is None:
             raise CheckpointsDamaged(
-                f"the checkpoint of step {step}, the best by held-out loss, cannot be read "
-                f"({problems[0]}); restore it from a copy and run again, or train another version "
-                "(--out.version v2) with export_checkpoint 'last'"
+                f"the best checkpoint, of step {step}, cannot be read ({problems[0]}); restore it "
+                "from a copy, or train another version with export_checkpoint 'last'"
             )
         restore(self._engine, self._pieces, state, record.progress.updates)
 

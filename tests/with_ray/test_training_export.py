@@ -82,7 +82,9 @@ def test_a_damaged_best_checkpoint_is_an_error_and_no_other_is_exported(
 ) -> None:
     look_and_export(run, tmp_path, BEST, [3.0, 1.0, 2.0, 4.0])
     run.home.put(f"{checkpoint.FOLDER}/{name_of(run, 6)}/rank-00000.safetensors", b"damaged")
-    with pytest.raises(CheckpointsDamaged, match=r"of step 6, the best .* was changed .* version"):
+    with pytest.raises(
+        CheckpointsDamaged, match=r"best checkpoint, of step 6, .* was changed .* version"
+    ):
         look_and_export(run, tmp_path, BEST, [])
 
 
