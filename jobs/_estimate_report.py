@@ -9,7 +9,7 @@ from sg4v_ray.core.text_table import text_table
 from sg4v_ray.model.size import Parameters
 from sg4v_ray.recipes.sharegpt4v import Planned
 from sg4v_ray.training.cluster import GB, Captioning, Cluster, TeacherCaptions
-from sg4v_ray.training.estimate import Estimate, Memory, Run, busy_micro_batch, needed_bytes
+from sg4v_ray.training.estimate import Estimate, Memory, Run, busy_micro_batch
 
 _PUBLISHED_CAPTIONING: Final = "44 A100-days for 1.2M"
 _ASSUMED: Final = (
@@ -69,8 +69,11 @@ def as_text(report: Report) -> str:
     warnings = [text for one in report.stages for text in _warnings(*one, cluster)]
     tables = [_parameters(report), _memory(report), *warnings, _time(report), *_captions(report)]
     host = max(made.host_bytes for _, made in report.stages) / GB
-    start = f"At the start every process reads the whole model: {host:.0f} GB of memory on a node."
-    return "\n\n".join([head, *tables, start, _ASSUMED])
+    on_hosts = (
+        f"The weights take up to {host:.0f} GB of a node's own memory: a model in each process, "
+        "under ZeRO-3 one for the export."
+    )
+    return "\n\n".join([head, *tables, on_hosts, _ASSUMED])
 
 
 def _parameters(report: Report) -> str:
@@ -100,7 +103,7 @@ def _memory(report: Report) -> str:
 def _warnings(plan: Planned, made: Estimate, cluster: Cluster) -> Iterator[str]:
     stage = plan.stage
     if not made.fits:
-        needs = needed_bytes(made.memory, stage, plan.model) / GB
+        needs = made.memory.total / GB
         has = cluster.usable_bytes / GB
         then = "It fits with one of" if made.remedies else "No setting makes it fit: larger GPUs do"
         ways = [f"  {one.change}: {one.memory.total / GB:.1f} GB" for one in made.remedies]

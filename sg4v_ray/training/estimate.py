@@ -96,7 +96,9 @@ class Estimate:
     remedies: tuple[Remedy, ...]
     """Empty if it fits, or if nothing of ours makes it fit."""
     host_bytes: float
-    """Host memory of a node at the start: each process reads the whole model."""
+    """Host memory of a node for weights, at most: of the whole model in each process; under ZeRO-3
+    once, for the export: before it processes share the mapped files and shard them one parameter
+    at a time."""
     steps: int
     tflops_per_sample: float
     """Of the model: forward and backward, without what is computed again."""
@@ -122,13 +124,14 @@ def estimate(
         raise ConfigError(f"mfu must be above 0 and at most 1, got {mfu:g}; 0.2 to 0.5 is usual")
     text_only = data.images < 1
     memory = memory_of(stage, model, cluster, text_only=text_only)
-    fits = needed_bytes(memory, stage, model) <= cluster.usable_bytes
+    fits = memory.total <= cluster.usable_bytes
     steps = total_steps(
         num_samples=data.samples,
         global_batch=stage.global_batch,
         epochs=stage.epochs,
         max_steps=stage.max_steps,
     )
+    copies = 1 if stage.zero_stage == 3 else cluster.gpus_per_node
     busy = busy_share(stage, cluster.gpus)
     flops = _flops(stage, model, data)
     samples = steps / math.ceil(data.samples / stage.global_batch) * data.samples
@@ -140,7 +143,7 @@ def estimate(
         memory=memory,
         fits=fits,
         remedies=() if fits else remedies(stage, model, cluster, text_only=text_only),
-        host_bytes=cluster.gpus_per_node * _number_bytes(stage) * count_parameters(model).total,
+        host_bytes=copies * _number_bytes(stage) * count_parameters(model).total,
         steps=steps,
         tflops_per_sample=flops / 1e12,
         busy=busy,
@@ -158,15 +161,6 @@ def mfu_of(run: Run, stage: StageConfig, model: ModelConfig, data: Data) -> floa
     """
     done = data.samples * stage.epochs * _flops(stage, model, data)
     return done / (run.hours * 3600 * run.gpus * KNOWN_GPUS[run.gpu].tflops * 1e12)
-
-
-def needed_bytes(memory: Memory, stage: StageConfig, model: ModelConfig) -> float:
-    """Return the most that one GPU holds: in a step, or before it.
-
-    Source:
-        DeepSpeed 0.19.8's engine moves the whole model to the GPU before ZeRO shards it.
-    """
-    return max(memory.total, _number_bytes(stage) * count_parameters(model).total)
 
 
 def memory_of(
@@ -239,7 +233,7 @@ def remedies(
     def first_that_fits(changes: Iterator[_Change]) -> list[Remedy]:
         for what, changed, on in changes:
             memory = memory_of(changed, model, on, text_only=text_only)
-            if needed_bytes(memory, changed, model) <= on.usable_bytes:
+            if memory.total <= on.usable_bytes:
                 return [Remedy(change=what, stage=changed, cluster=on, memory=memory)]
         return []
 
