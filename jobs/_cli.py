@@ -15,7 +15,7 @@ import ray
 import tyro
 
 from sg4v_ray.core.artifact import Manifest
-from sg4v_ray.core.errors import ConfigError, Sg4vError
+from sg4v_ray.core.errors import ConfigError, Sg4vError, Stopped
 from sg4v_ray.core.observe import set_up_logging
 from sg4v_ray.core.where import Where
 from sg4v_ray.recipes.catalogue import RECIPES
@@ -31,11 +31,15 @@ def main(
     stopped: str = "what is written is kept, run the same again to go on",
 ) -> None:
     """Run a job: errors raised on purpose end it with their text alone, and exit code 1; Ctrl-C
-    ends it with 130, as shells have it, and says what it leaves (`stopped`).
+    ends it with 130, as shells have it, and says what it leaves (`stopped`). A job that SIGTERM
+    told to save and to stop ends with 143.
     """
     set_up_logging()
     try:
         run()
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except Sg4vError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)

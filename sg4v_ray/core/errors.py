@@ -20,8 +20,10 @@
         TeacherUnusable     do not retry: bad key, unknown model, wrong URL
       EngineError           the engine stopped or refused a request
         EngineDead          its process is gone; only a new engine helps
+      WorkersLost           training workers failed more often than they are started again
       TooManyRejects        a job spent its reject budget
       MoneySpent            a job stopped before it cost more than it may
+      Stopped               a signal asked a job to save and to end
 
 A bad image or a bad caption is not an error. It is a row with a `reject` reason.
 """
@@ -103,9 +105,17 @@ class EngineDead(EngineError):
     """The engine's own process is gone; only a new engine helps."""
 
 
+class WorkersLost(Sg4vError):
+    """Training workers failed more often than they are started again."""
+
+
 class TooManyRejects(Sg4vError):
     """A job spent its reject budget."""
 
 
 class MoneySpent(Sg4vError):
     """A job stopped before it cost more than it may; what is finished is kept."""
+
+
+class Stopped(Sg4vError):
+    """A signal asked a job to save and to end; the same command goes on."""

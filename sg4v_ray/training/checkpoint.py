@@ -117,6 +117,8 @@ class Checkpoints:
         self._pieces = pieces(engine)
         self._pool = ThreadPoolExecutor(1, "sg4v-checkpoint")
         self._writing: tuple[str, Progress, Future[dict[str, str]]] | None = None
+        self.last_step = 0
+        """Of what was begun or resumed last."""
 
     @property
     def is_written(self) -> bool:
@@ -145,6 +147,7 @@ class Checkpoints:
             check_room(sum(one.nbytes for one in copies.values()))
         written = self._pool.submit(self._write, f"{FOLDER}/{name}", copies)
         self._writing = (name, progress, written)
+        self.last_step = progress.step
 
     def _write(self, path: str, copies: dict[str, Tensor]) -> dict[str, str]:
         if not copies:
@@ -242,6 +245,7 @@ class Checkpoints:
                     _retire(self._home, one.split(":")[0])
             restore(self._engine, self._pieces, state, record.progress.updates)
             _log.info("checkpoint %s is read", name)
+            self.last_step = record.progress.step
             return record.progress
         if damaged:
             raise CheckpointsDamaged(

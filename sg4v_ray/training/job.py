@@ -38,6 +38,8 @@ class Job:
     held_out: Ref | None = None
     tracker: TrackerKind = "none"
     loader_processes: int = 0
+    attempt: int = 0
+    """Number of the driver's lease: signals of another driver are not for this run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

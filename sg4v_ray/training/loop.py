@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from sg4v_ray.core.errors import TooManyRejects
+from sg4v_ray.core.errors import Stopped, TooManyRejects
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.model.conversation import IGNORE
 from sg4v_ray.training.batch import Batches, MicroBatch
@@ -28,6 +28,7 @@ from sg4v_ray.training.checkpoint import Checkpoints, CheckpointsDamaged, HeldOu
 from sg4v_ray.training.guard import Guard, TrainingDiverged, go_back
 from sg4v_ray.training.metrics import Metrics, Monitor, Pace, Work
 from sg4v_ray.training.schedule import SCALE, Schedule
+from sg4v_ray.training.signals import Word
 
 # Shape letters used in this file:
 #   B  rows of a micro-batch    T  tokens of its longest row    V  vocabulary
@@ -36,8 +37,8 @@ _log = logging.getLogger(__name__)
 _COUNTED = ("labels", "tokens", "padding", "samples", "images", "rejected", "cut")
 
 
-LASTING: Final = (TrainingDiverged, TooManyRejects, CheckpointsDamaged)
-"""Errors that all ranks meet at the same step, and would meet again after a restart."""
+LASTING: Final = (TrainingDiverged, TooManyRejects, CheckpointsDamaged, Stopped)
+"""Errors that all ranks meet at the same step, and that no restart mends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,9 +91,11 @@ def _train(loop: Loop) -> Progress:
     for micro_batches in pace.waiting_for(loop.batches.steps(progress.step)):
         began = time.monotonic()
         _set_deadline(loop)
-        counts, is_time, is_written = _agree(loop, micro_batches, is_time=pace.is_time())
+        counts, is_time, is_written, word = _agree(loop, micro_batches, is_time=pace.is_time())
         if is_written:
             loop.checkpoints.finish()
+        if word is not Word.NOTHING:
+            progress = _obey(loop, word, progress, reasons)
         reasons.update(_reasons(micro_batches))
         made = _step(loop, micro_batches, progress, labels=counts["labels"])
         if not made.is_applied and dist.get_rank() == 0:
@@ -151,20 +154,38 @@ def _metrics(loop: Loop, pace: Pace, progress: Progress) -> Metrics:
 
 def _agree(
     loop: Loop, micro_batches: list[MicroBatch], *, is_time: bool
-) -> tuple[Counter[str], bool, bool]:
+) -> tuple[Counter[str], bool, bool, Word]:
     """Add up the counts of a step over all ranks.
 
     Returns:
-        The counts, whether rank 0 says that it is time, and whether all have written a checkpoint.
+        The counts, whether rank 0 says that it is time, whether all have written a checkpoint, and
+        what the driver asks.
     """
     local = sum((one.counts for one in micro_batches), Counter[str]())
-    says_time = int(is_time and dist.get_rank() == 0)
-    mine = [*(local[name] for name in _COUNTED), says_time, int(loop.checkpoints.is_written)]
+    is_first = dist.get_rank() == 0
+    says = [int(is_time and is_first), int(loop.monitor.asked() if is_first else Word.NOTHING)]
+    mine = [*(local[name] for name in _COUNTED), *says, int(loop.checkpoints.is_written)]
     summed = torch.tensor(mine, dtype=torch.int64, device=loop.engine.device)
     dist.all_reduce(summed)
-    *counts, time_is_up, written = summed.tolist()
+    *counts, time_is_up, word, written = summed.tolist()
     is_written = written == dist.get_world_size()
-    return Counter(dict(zip(_COUNTED, counts, strict=True))), bool(time_is_up), is_written
+    added = Counter(dict(zip(_COUNTED, counts, strict=True)))
+    return added, bool(time_is_up), is_written, Word(word)
+
+
+def _obey(loop: Loop, word: Word, progress: Progress, reasons: Counter[str]) -> Progress:
+    """Save before a step; stop if that is asked, without saving again what is saved."""
+    if word is Word.SAVE or progress.step != loop.checkpoints.last_step:
+        progress = _with_reasons(progress, reasons)
+        reasons.clear()
+        loop.checkpoints.begin(progress)
+    loop.checkpoints.finish()
+    if word is Word.STOP:
+        raise Stopped(
+            f"stopped after step {progress.step} of {loop.batches.plan.total_steps}, saved; run "
+            "the same command to go on"
+        )
+    return progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from sg4v_ray.model.freeze import FreezePlan
 from sg4v_ray.model.size import count_flops
 from sg4v_ray.training.checkpoint import Progress
 from sg4v_ray.training.plan import Plan
+from sg4v_ray.training.signals import Word
 
 T = TypeVar("T")
 REPORT_EVERY_S = 5.0
@@ -59,6 +60,9 @@ class Monitor(Protocol):
 
     def should_save(self) -> bool:
         """Say, once, that a machine of this run will soon be taken away."""
+
+    def asked(self) -> Word:
+        """Return what a signal to the driver asks, once each; only rank 0's answer counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,6 +41,7 @@ from sg4v_ray.training.metrics import Metrics, Monitor, Work
 from sg4v_ray.training.plan import Plan, unknown_lengths
 from sg4v_ray.training.samples import Samples, open_samples
 from sg4v_ray.training.schedule import Schedule
+from sg4v_ray.training.signals import Inbox, Word, wishes
 from sg4v_ray.training.tracker import Tracker, open_tracker
 
 _log = logging.getLogger(__name__)
@@ -65,10 +66,11 @@ def work(job: Job) -> None:
             name=str(job.out),
             settings=to_plain(job.stage),
         )
-        monitor = _RayMonitor(str(job.out), tracker, rank=rank, show=job.progress)
+        inbox = Inbox(wishes(home, job.attempt))
+        monitor = _RayMonitor(str(job.out), tracker, inbox, rank=rank, show=job.progress)
         loop = make_loop(job, home, folder, model, monitor)
         try:
-            with contextlib.closing(tracker):
+            with contextlib.closing(tracker), inbox:
                 progress = train(loop)
             step = _step_to_export(job, loop, progress)
             outcome = Outcome(progress=progress, exported_step=step)
@@ -215,9 +217,11 @@ def _alone(tensor: Tensor) -> Tensor:
 class _RayMonitor:
     """Sends metrics to Ray Train and, from rank 0, to a tracker, Prometheus and the log."""
 
-    def __init__(self, artifact: str, tracker: Tracker, *, rank: int, show: bool) -> None:
+    def __init__(
+        self, artifact: str, tracker: Tracker, inbox: Inbox, *, rank: int, show: bool
+    ) -> None:
         self._rank, self._show, self._was_asked = rank, show, False
-        self._tracker = tracker
+        self._tracker, self._inbox = tracker, inbox
         self._labels = {"artifact": artifact}
         self._gauges = {
             field: Gauge(metric.name, metric.description, metric.labels)
@@ -258,6 +262,10 @@ class _RayMonitor:
             return False
         self._was_asked = True
         return True
+
+    def asked(self) -> Word:
+        """Return what a signal to the driver asks."""
+        return self._inbox.take()
 
 
 def describe(metrics: Metrics) -> str:

@@ -120,6 +120,7 @@ def _main(file: Path, rank: int) -> None:
     from sg4v_ray.training.lengths import TOKENIZER
     from sg4v_ray.training.loop import train
     from sg4v_ray.training.metrics import Metrics
+    from sg4v_ray.training.signals import Word
     from sg4v_ray.training.worker import make_loop, prepare
 
     phase: Phase = pickle.loads(file.read_bytes())
@@ -142,6 +143,9 @@ def _main(file: Path, rank: int) -> None:
 
         def should_save(self) -> bool:
             return self.step == phase.stop_at
+
+        def asked(self) -> Word:
+            return Word.NOTHING
 
     home = phase.site.storage.sub(Ref(name=phase.name).path)
     if rank == 0:

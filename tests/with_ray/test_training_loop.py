@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from sg4v_ray.core import errors
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.errors import TooManyRejects
 from sg4v_ray.core.rejects import RejectBudget
@@ -26,6 +27,7 @@ from sg4v_ray.training.launch import read_outcome
 from sg4v_ray.training.lengths import TOKENIZER
 from sg4v_ray.training.loop import Loop, train
 from sg4v_ray.training.metrics import Metrics
+from sg4v_ray.training.signals import Word
 from sg4v_ray.training.worker import make_loop, prepare, work
 from tests.with_ray.training_site import DATASET, STAGE, TINY, Site, make_site
 
@@ -46,6 +48,8 @@ class Listener:
     stop_at: int | None = None
     save_at: frozenset[int] | set[int] = frozenset()
     heard: list[Metrics] = field(default_factory=list)
+    words: list[Word] = field(default_factory=list)
+    """What is asked before each step."""
 
     def report(self, metrics: Metrics) -> None:
         self.heard.append(metrics)
@@ -54,6 +58,9 @@ class Listener:
 
     def should_save(self) -> bool:
         return self.heard[-1].step in self.save_at
+
+    def asked(self) -> Word:
+        return self.words.pop(0) if self.words else Word.NOTHING
 
 
 @dataclass
@@ -265,6 +272,37 @@ def test_a_machine_that_will_be_taken_away_makes_the_run_save_at_once(run: Run) 
     with pytest.raises(Stopped):
         run.train(SHORT, Listener(save_at={2}, stop_at=3))
     assert run.steps() == [2]
+
+
+def test_a_run_that_is_asked_to_saves_before_the_next_step_and_goes_on(run: Run) -> None:
+    with pytest.raises(Stopped):
+        run.train(SHORT, Listener(words=_asked(Word.SAVE, after=2), stop_at=4))
+    assert run.steps() == [2]
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_the_next_one_goes_on_there(
+    whole: Run, run: Run
+) -> None:
+    with pytest.raises(errors.Stopped, match=f"stopped after step 7 of {STEPS}, saved; run the"):
+        run.train(SHORT, Listener(words=_asked(Word.STOP, after=7)))
+    assert run.steps() == [5, 7]
+    progress = run.train()
+    assert progress.resumed_at == (7,)
+    assert progress.losses == whole.progress.losses
+    assert progress.counts == whole.progress.counts
+
+
+@pytest.mark.parametrize(("after", "steps"), [(0, []), (5, [5])])
+def test_what_is_saved_already_is_not_saved_again_for_a_stop(
+    run: Run, after: int, steps: list[int]
+) -> None:
+    with pytest.raises(errors.Stopped):
+        run.train(SHORT, Listener(words=_asked(Word.STOP, after=after)))
+    assert run.steps() == steps
+
+
+def _asked(word: Word, *, after: int) -> list[Word]:
+    return [Word.NOTHING] * after + [word]
 
 
 def test_an_unfinished_checkpoint_is_not_used_and_then_removed(run: Run) -> None:
