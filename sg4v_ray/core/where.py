@@ -50,6 +50,15 @@ class Where:
     and CPUs are many; less where slow storage is waited for."""
     train_workers: int = 2
     """Training processes, one a GPU where there are GPUs."""
+    min_train_workers: int | None = None
+    """For machines that come and go: go on from the last checkpoint with as few as these when
+    nodes are lost, and grow to `train_workers` again when there is room. None waits for a node in
+    place of the lost one. Batches and their order do not change with the number of workers, but
+    sums are taken in another order: losses and weights are then those of an undisturbed run within
+    the tolerance of floats, not to the bit."""
+    max_restarts: int = 3
+    """How often one call of training starts again after workers failed. Machines that are taken
+    back with notice, and growing, are not counted."""
     train_gpu: bool = False
     """Give every training process a GPU."""
     worker_cpus: float = 1.0
@@ -81,13 +90,7 @@ class Where:
                 "actors must satisfy 1 <= min_actors <= max_actors, got "
                 f"{self.min_actors} and {self.max_actors}"
             )
-        if self.train_workers < 1:
-            raise ConfigError(f"train_workers must be at least 1, got {self.train_workers}")
-        if self.loader_processes < 0:
-            raise ConfigError(
-                f"loader_processes must be at least 0, got {self.loader_processes}; 0 decodes in "
-                "threads of the training process"
-            )
+        self._check_training()
         seconds_of(self.step_deadline)
         if self.finish_by is not None:
             seconds_of(self.finish_by)
@@ -102,6 +105,23 @@ class Where:
         for name in ("engine_cpus", "decode_cpus", "worker_cpus"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    def _check_training(self) -> None:
+        if self.train_workers < 1:
+            raise ConfigError(f"train_workers must be at least 1, got {self.train_workers}")
+        least = self.min_train_workers
+        if least is not None and not 1 <= least <= self.train_workers:
+            raise ConfigError(
+                f"min_train_workers is {least}; it must be at least 1 and at most train_workers, "
+                f"{self.train_workers}"
+            )
+        if self.max_restarts < 0:
+            raise ConfigError(f"max_restarts must be 0 or more, got {self.max_restarts}")
+        if self.loader_processes < 0:
+            raise ConfigError(
+                f"loader_processes must be at least 0, got {self.loader_processes}; 0 decodes in "
+                "threads of the training process"
+            )
 
     @property
     def storage(self) -> Storage:

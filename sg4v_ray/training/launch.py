@@ -15,25 +15,28 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.config import content_of, load, to_plain
-from sg4v_ray.core.errors import ConfigError, ContractError
-from sg4v_ray.core.lease import Lease, hold
+from sg4v_ray.core.errors import ConfigError, ContractError, Sg4vError, WorkersLost
+from sg4v_ray.core.lease import hold
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where, seconds_of
 from sg4v_ray.model.config import ModelConfig
-from sg4v_ray.training import checkpoint, tracker
+from sg4v_ray.training import checkpoint, signals, tracker
 from sg4v_ray.training.config import Fresh, StageConfig
+from sg4v_ray.training.groups import Groups
 from sg4v_ray.training.job import BY_NAME, OUTCOME, Job, Outcome
 from sg4v_ray.training.lengths import TOKENIZER, Ruler, measure
 from sg4v_ray.training.samples import open_samples
+from sg4v_ray.training.signals import Receiver
 
-_RESTARTS: Final = 3
-"""Lost workers that one call of `run` survives."""
+_RESIZE_EVERY_S: Final = 60.0
+"""How often Ray Train looks whether there is room for more workers; its own value."""
 _RAY: Final = "ray"
 _MODEL_FACT: Final = "model"
 
@@ -58,6 +61,8 @@ def run(
         ConfigError: the settings fit neither each other nor the cluster.
         LeaseHeld: another driver is training it.
         TrainingDiverged, TooManyRejects: training cannot go on.
+        WorkersLost: workers failed more than `where.max_restarts` times.
+        Stopped: a signal said so (training/signals.py).
     """
     storage = where.storage
     inputs = _inputs(storage, start, dataset)
@@ -71,13 +76,15 @@ def run(
     job = replace(_job(config, start, dataset, out, where), held_out=held_out)
     _check(job, where)
     home = begin(storage, out, identity, inputs=inputs)
-    with hold(home) as lease:
+    with Receiver().receiving() as receiver, hold(home) as lease:
         home.put(TOKENIZER, _tokenizer(storage, start))
         if config.length_window:
             _measure(job, home)
         began = time.monotonic()
-        home.delete(OUTCOME)
-        _fit(job, home, where, lease)
+        for old in (OUTCOME, signals.FOLDER):
+            home.delete(old)
+        with receiver.passing_on(signals.wishes(home, lease.number)):
+            _fit(replace(job, attempt=lease.number), home, where)
         outcome = read_outcome(home)
         facts = _facts(job, outcome, seconds=time.monotonic() - began)
         manifest = commit(
@@ -90,7 +97,7 @@ def run(
             facts=facts,
             lease=lease,
         )
-    for spent in (checkpoint.FOLDER, _RAY):
+    for spent in (checkpoint.FOLDER, signals.FOLDER, _RAY):
         home.delete(spent)
     return manifest
 
@@ -189,13 +196,14 @@ def _check(job: Job, where: Where) -> None:
 def _check_cluster(where: Where) -> None:
     """Raise ConfigError if the workers do not fit; Ray would wait for ever, without a word."""
     have = ray.cluster_resources()
-    cpus = where.train_workers * where.worker_cpus
-    gpus = where.train_workers if where.train_gpu else 0
+    workers = where.min_train_workers or where.train_workers
+    cpus = workers * where.worker_cpus
+    gpus = workers if where.train_gpu else 0
     if have.get("CPU", 0) < cpus or have.get("GPU", 0) < gpus:
         raise ConfigError(
             f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
-            f"{where.train_workers} training workers need {cpus:g} and {gpus}. Lower "
-            "--where.train-workers or --where.worker-cpus, or add nodes."
+            f"{workers} training workers need {cpus:g} and {gpus}. Lower --where.train-workers, "
+            "--where.min-train-workers or --where.worker-cpus, or add nodes."
         )
 
 
@@ -206,26 +214,62 @@ def _work(config: dict[str, Any]) -> None:
     work(config["job"])
 
 
-def _fit(job: Job, home: Storage, where: Where, lease: Lease) -> None:
-    """Let Ray Train run the workers to their end."""
+def _fit(job: Job, home: Storage, where: Where) -> None:
+    """Let Ray Train run the workers to their end.
+
+    Raises:
+        WorkersLost: they failed too often.
+        Sg4vError: they did, for a reason of our own.
+    """
+    try:
+        _trainer(job, home, where).fit()
+    except (TrainingFailedError, RayError) as error:  # a worker's end; that of Ray's controller
+        raise _why(error, home, where) from error
+
+
+def _trainer(job: Job, home: Storage, where: Where) -> Any:
     filesystem, path = home.arrow(_RAY)
     resources = {"CPU": where.worker_cpus, **({"GPU": 1.0} if where.train_gpu else {})}
-    TorchTrainer(
+    most, least = where.train_workers, where.min_train_workers
+    return TorchTrainer(
         _work,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=where.train_workers,
+            num_workers=most if least in (None, most) else (least, most),
+            elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
             use_gpu=where.train_gpu,
             resources_per_worker=resources,
         ),
         torch_config=TorchConfig(backend="nccl" if where.train_gpu else "gloo"),
         run_config=RunConfig(
-            name=f"attempt-{lease.number}",
+            name=f"attempt-{job.attempt}",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=_RESTARTS),
+            failure_config=FailureConfig(max_failures=where.max_restarts),
+            callbacks=[Groups(home, job.attempt)],
         ),
-    ).fit()
+    )
+
+
+def _why(error: TrainingFailedError | RayError, home: Storage, where: Where) -> Sg4vError:
+    """Return what ended a run after its last restart, as an error that says what to do."""
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    for one in failures.values():
+        if isinstance(one, Sg4vError):
+            return one
+    what = f"Ray Train gave up: {error}"
+    if failures:
+        rank, cause = next(iter(failures.items()))
+        what = (
+            f"training workers failed more than --where.max-restarts ({where.max_restarts}) times, "
+            f"the last time rank {rank} with {type(cause).__name__}: {cause}"
+        )
+    found = checkpoint.newest(home)
+    kept = f"the checkpoint of step {found.progress.step} is kept" if found else "nothing was saved"
+    return WorkersLost(
+        f"{what}\n{kept}; mend the cause and run the same command to go on. Where machines come "
+        "and go, raise --where.max-restarts."
+    )
 
 
 def read_outcome(home: Storage) -> Outcome:

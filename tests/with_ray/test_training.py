@@ -4,24 +4,16 @@
 `reference` is the run that nothing happened to. test_training_loop.py holds what one process shows.
 """
 
-import contextlib
-import pickle
 import random
 import subprocess
-import sys
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
-import ray
 import torch
 
 from sg4v_ray.core.artifact import Manifest, Ref
 from sg4v_ray.core.errors import ArtifactDrift, ConfigError
-from sg4v_ray.core.storage import Storage
 from sg4v_ray.model.conversation import Conversation
 from sg4v_ray.model.weights import create, load
 from sg4v_ray.training import checkpoint, launch
@@ -29,16 +21,9 @@ from sg4v_ray.training.batch import RowRules, Rows
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.lengths import read_lengths
 from sg4v_ray.training.samples import open_samples
+from tests.with_ray.training_driver import newest_step, start_driver, training_workers, wait_for
 from tests.with_ray.training_site import DATASET, STAGE, TINY, Site, make_site
 
-DRIVER = """
-import pickle, sys
-from pathlib import Path
-import ray
-from sg4v_ray.training import launch
-ray.init(address=sys.argv[1], log_to_driver=False)
-launch.run(**pickle.loads(Path(sys.argv[2]).read_bytes()))
-"""
 pytestmark = [pytest.mark.training, pytest.mark.usefixtures("ray_cluster")]
 
 
@@ -50,29 +35,6 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Site:
 @pytest.fixture(scope="module")
 def reference(site: Site, ray_cluster: None) -> Manifest:
     return site.run("reference")
-
-
-def _newest_step(home: Storage) -> int:
-    found = checkpoint.newest(home)
-    return 0 if found is None else found.progress.step
-
-
-def _wait_for(what: Callable[[], bool], *, still: Callable[[], bool]) -> None:
-    """Wait until something is so; fail when what must make it so has ended."""
-    pause = threading.Event()
-    while not what():
-        assert still(), "the run ended before the test could interfere"
-        pause.wait(0.02)
-
-
-def _training_workers() -> list[psutil.Process]:
-    """The training processes of this test's own Ray cluster."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "ray::RayTrainWorker" in " ".join(process.cmdline()[:1]):
-                found.append(process)
-    return found
 
 
 def test_the_loss_falls_and_every_sample_is_counted(reference: Manifest) -> None:
@@ -123,22 +85,20 @@ def test_three_killed_workers_and_three_killed_drivers_leave_the_weights_to_the_
         "out": ref,
         "where": site.where(),
     }
-    (tmp_path / "job").write_bytes(pickle.dumps(job))
-    address = ray.get_runtime_context().gcs_address
     home, draw = site.storage.sub(ref.path), random.Random(5)
 
     def wait_for_steps(more: int, driver: "subprocess.Popen[bytes]") -> None:
-        goal = _newest_step(home) + more
-        _wait_for(lambda: _newest_step(home) >= goal, still=lambda: driver.poll() is None)
+        goal = newest_step(home) + more
+        wait_for(lambda: newest_step(home) >= goal, still=lambda: driver.poll() is None)
 
     for _ in range(3):
-        driver = subprocess.Popen([sys.executable, "-c", DRIVER, address, str(tmp_path / "job")])
+        driver = start_driver(job, tmp_path)
         wait_for_steps(draw.randint(2, 6), driver)
-        draw.choice(_training_workers()).kill()
+        draw.choice(training_workers()).kill()
         wait_for_steps(draw.randint(2, 6), driver)
         driver.kill()
         driver.wait()
-        assert _newest_step(home) < 120, "the run was over before its driver was killed"
+        assert newest_step(home) < 120, "the run was over before its driver was killed"
 
     finished = site.run("killed", stage)
     assert len(finished.facts["resumed_at"]) == 6
