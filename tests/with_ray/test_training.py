@@ -6,9 +6,11 @@
 
 import random
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -124,7 +126,7 @@ def test_a_killed_loader_process_is_a_restart_that_changes_no_weight_and_none_is
     home, killed = site.storage.sub(Ref(name="loaders").path), []
 
     def kill_one() -> None:
-        _wait_for(lambda: _newest_step(home) > 0, still=threading.main_thread().is_alive)
+        wait_for(lambda: newest_step(home) > 0, still=threading.main_thread().is_alive)
         killed.append(_loaders()[0])
         killed[0].kill()
 
