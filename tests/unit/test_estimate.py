@@ -75,12 +75,11 @@ def test_each_zero_stage_shards_one_part_more() -> None:
     assert [one.weights / (2 * every) for one in parts] == [1, 1, 1 / 16]
 
 
-def test_a_model_must_fit_before_it_is_sharded() -> None:
+def test_a_gpu_that_holds_no_whole_model_holds_its_part_of_one() -> None:
     small = Cluster(gpu="small", memory_gb=24, tflops=100, nodes=8)
     found = _estimate("pretrain", small, model=llava_13b(), micro_batch=1)
     assert found.memory.total < small.usable_bytes < 2 * count_parameters(llava_13b()).total
-    assert not found.fits
-    assert not found.remedies
+    assert found.fits
 
 
 def test_text_alone_takes_a_row_more() -> None:
