@@ -8,8 +8,6 @@ machine or another day: each ratio is of runs side by side.
 """
 
 import json
-import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -23,9 +21,10 @@ import tyro
 
 from jobs import _bench_parts as parts
 from jobs import _bench_site as site
+from jobs._bench_run import empty, last_line
 from jobs._cli import main
 from sg4v_ray.batch.watch import STATUS
-from sg4v_ray.core.errors import ConfigError, Sg4vError
+from sg4v_ray.core.errors import Sg4vError
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.text_table import text_table
 
@@ -61,44 +60,20 @@ _SCALING_SECONDS: Final = 90
 """How long the scaling case keeps all its actors busy."""
 _START_SECONDS: Final = 2
 """What one actor more takes to start, on a small machine; those before it work meanwhile."""
+_MODULE: Final = "jobs.bench_captions"
 _CASES: Final = ("engine", "control-plane", "scaling")
 RATIOS: Final = "ratios.json"
-_MARKER: Final = ".sg4v-bench"
-"""A file in each folder that a bench made, and so may empty."""
 
 
-def empty(root: Path) -> None:
-    """Make the bench's folder, without what an earlier bench left in it.
-
-    Raises:
-        ConfigError: no bench made this folder, so what lies there may be dear to somebody.
-    """
-    if root.exists() and any(root.iterdir()):
-        if not (root / _MARKER).exists():
-            raise ConfigError(f"--root {root} holds files that no bench wrote; name a new folder")
-        shutil.rmtree(root)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / _MARKER).touch()
-
-
-def argv_of(bench: Bench, part: str, **changed: Any) -> list[str]:
-    """Return the command that runs one part."""
+def flags_of(bench: Bench, part: str, **changed: Any) -> list[str]:
+    """Return the flags that run one part."""
     settings = {**asdict(bench), **changed, "part": part}
-    flags = [f"--{field.name.replace('_', '-')}={settings[field.name]}" for field in fields(Bench)]
-    return [sys.executable, "-m", "jobs.bench_captions", *flags]
+    return [f"--{field.name.replace('_', '-')}={settings[field.name]}" for field in fields(Bench)]
 
 
 def measure(bench: Bench, part: str, **changed: Any) -> dict[str, Any]:
     """Run one part in a process of its own and return what its last line says."""
-    argv = argv_of(bench, part, **changed)
-    environment = os.environ | {"OMP_NUM_THREADS": str(bench.threads)}
-    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-    if done.returncode:
-        raise Sg4vError(f"the part {part!r} ended with exit code {done.returncode}; see above")
-    line = done.stdout.strip().splitlines()[-1]
-    print(line, flush=True)
-    found: dict[str, Any] = json.loads(line)
-    return found
+    return last_line(_MODULE, flags_of(bench, part, **changed), threads=bench.threads)
 
 
 def engine_case(bench: Bench) -> dict[str, float]:
@@ -133,7 +108,7 @@ def control_plane_case(bench: Bench) -> dict[str, float]:
 def restart_s(bench: Bench) -> float:
     """Kill a run at half of its rows; return how long the next one takes to its first new row."""
     home = Storage(bench.root).sub("rows-killed/v1")
-    argv = argv_of(bench, "rows", out="rows-killed")
+    argv = [sys.executable, "-m", _MODULE, *flags_of(bench, "rows", out="rows-killed")]
     first = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
     _wait_for_rows(first, home, bench.rows // 2)
     first.kill()

@@ -19,8 +19,8 @@ from typing import Any
 import tyro
 
 from jobs import _mix_files as files
+from jobs._bench_run import empty
 from jobs._cli import main
-from jobs.bench_captions import empty
 from sg4v_ray.core.errors import ConfigError, Sg4vError
 from sg4v_ray.dataset.details import NUM_DETAILS
 from sg4v_ray.dataset.layout import source_of

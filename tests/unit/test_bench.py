@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench_captions import empty
+from jobs._bench_run import empty
 from sg4v_ray.core.errors import ConfigError
 
 
