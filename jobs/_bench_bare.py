@@ -91,7 +91,8 @@ def make_engine(steps: int) -> Any:
     # Training does not need this extension, and building it takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["LOCAL_RANK"] = "0"
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     config = {
         "train_micro_batch_size_per_gpu": of.micro_batch,
         "gradient_accumulation_steps": 1,

@@ -77,7 +77,7 @@ class Progress:
     grad_norms: tuple[float, ...] = ()
     """Gradient norm of each step, before clipping."""
     seconds: tuple[float, ...] = ()
-    """What each step took, with the wait for its batch, without saving."""
+    """What each step took: all since the end of the step before, also what came between them."""
     waits_s: tuple[float, ...] = ()
     """What rank 0 waited for the batch of each step."""
     skipped: tuple[int, ...] = ()

@@ -10,7 +10,6 @@ import dataclasses
 import faulthandler
 import logging
 import math
-import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
@@ -89,7 +88,6 @@ def _train(loop: Loop) -> Progress:
     progress = loop.checkpoints.resume()
     pace = Pace(progress.step, workers=dist.get_world_size(), work=loop.work)
     for micro_batches in pace.waiting_for(loop.batches.steps(progress.step)):
-        began = time.monotonic()
         _set_deadline(loop)
         counts, is_time, is_written, word = _agree(loop, micro_batches, is_time=pace.is_time())
         if is_written:
@@ -101,9 +99,7 @@ def _train(loop: Loop) -> Progress:
         if not made.is_applied and dist.get_rank() == 0:
             _log.warning("step %d is not applied: %s", progress.step, made)
         pace.add(counts)
-        progress = _after(
-            progress, made, counts, wait_s=pace.last_wait_s, work_s=time.monotonic() - began
-        )
+        progress = _after(progress, made, counts, wait_s=pace.last_wait_s, step_s=pace.lap())
         rejected = Counter(unreadable_image=progress.counts.get("rejected", 0))
         loop.budget.check(rejected=rejected, total=plan.num_planned)
         is_last = progress.step == plan.total_steps
@@ -132,7 +128,7 @@ def _train(loop: Loop) -> Progress:
 
 
 def _after(
-    progress: Progress, made: "_Step", counts: Counter[str], *, wait_s: float, work_s: float
+    progress: Progress, made: "_Step", counts: Counter[str], *, wait_s: float, step_s: float
 ) -> Progress:
     return dataclasses.replace(
         progress,
@@ -142,7 +138,7 @@ def _after(
         counts=dict(Counter(progress.counts) + counts),
         losses=(*progress.losses, made.loss),
         grad_norms=(*progress.grad_norms, made.grad_norm),
-        seconds=(*progress.seconds, wait_s + work_s),
+        seconds=(*progress.seconds, step_s),
         waits_s=(*progress.waits_s, wait_s),
     )
 

@@ -107,7 +107,7 @@ class Pace:
 
     def __init__(self, first_step: int, *, workers: int, work: Work) -> None:
         self._first_step, self._workers, self._work = first_step, workers, work
-        self._started = self._reported = time.monotonic()
+        self._started = self._reported = self._lapped = time.monotonic()
         self._counts: Counter[str] = Counter()
         self._waited = 0.0
         self.last_wait_s = 0.0
@@ -121,6 +121,13 @@ class Pace:
             self._waited += self.last_wait_s
             yield one
             began = time.monotonic()
+
+    def lap(self) -> float:
+        """Return the seconds since it was asked last, or since the run began: nothing is left out,
+        neither waiting nor what was reported, looked at or saved after the step before.
+        """
+        before, self._lapped = self._lapped, time.monotonic()
+        return self._lapped - before
 
     def is_time(self) -> bool:
         """Say whether a report is due."""
