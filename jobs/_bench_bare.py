@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import deepspeed
 import numpy as np
@@ -33,6 +33,10 @@ from sg4v_ray.model.conversation import IGNORE, Conversation
 from sg4v_ray.model.freeze import freeze
 from sg4v_ray.model.geometry import as_model_sees
 from sg4v_ray.model.processor import PixelMaker
+
+_RAYS_NICENESS: Final = 15
+"""Ray's default for its workers (`worker_niceness`): whatever else the machine does slows both sides
+alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +142,7 @@ def step(engine: Any, batch: dict[str, Tensor]) -> float:
 def run() -> None:
     """Train, and print seconds and loss of each step."""
     settings = tyro.cli(Settings, description=__doc__)
+    os.nice(_RAYS_NICENESS)
     torch.set_num_threads(settings.threads)
     loader = iter(DataLoader(Batches(Path(settings.root), settings.steps), None, num_workers=1))
     engine = make_engine(settings.steps)

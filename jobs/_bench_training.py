@@ -35,7 +35,7 @@ SEED: Final = 0
 DATASET: Final = Ref(name="bench-captions")
 PROCESSOR: Final = "processor"
 BATCHES: Final = "batches.json"
-_SENTENCES: Final = 3, 10
+_SENTENCES: Final = 3, 8
 """A caption has at least so many of about 20 tokens each, and fewer than so many."""
 
 
@@ -83,7 +83,7 @@ def prepare(root: Path, steps: int) -> None:
 
 
 def caption(number: int) -> str:
-    """Return a detailed caption of 60 to 190 tokens, about drawn shapes."""
+    """Return a detailed caption of about 60 to 150 tokens, about drawn shapes."""
     low, high = _SENTENCES
     seeds = range(100 * number, 100 * number + low + number % (high - low))
     return " ".join(describe(look(shapes.draw(seed)), seed) for seed in seeds)

@@ -187,7 +187,7 @@ def memory_of(
         gradients=number * trained / by_stage[1],
         optimizer=states * trained / by_stage[2],
         activations=activations_of(stage, model, text_only=text_only).peak,
-        buffers=number * _buffered(stage, total=total, trained=trained) if cluster.gpus > 1 else 0,
+        buffers=number * _buffered(stage, total=total, trained=trained, gpus=cluster.gpus),
     )
 
 
@@ -286,16 +286,17 @@ def _all_changes(stage: StageConfig, cluster: Cluster) -> Iterator[_Change]:
         yield f"{what}, {more}", changed, larger
 
 
-def _buffered(stage: StageConfig, *, total: int, trained: int) -> float:
+def _buffered(stage: StageConfig, *, total: int, trained: int, gpus: int) -> float:
     """Return the numbers in DeepSpeed's buffers with the settings of training/deepspeed.py.
 
     Stage 0 flattens gradients bucket by bucket; from stage 1 on one bucket is allocated, and two
-    in stage 2, whose `overlap_comm` fills one while the other is reduced.
+    in stage 2, whose `overlap_comm` fills one while the other is reduced: on a single GPU too
+    (`setup_buckets` of DeepSpeed 0.19.8), where nothing has to be gathered.
     """
     if stage.zero_stage == 0:
-        return min(BUCKET, trained)
+        return min(BUCKET, trained) if gpus > 1 else 0
     if stage.zero_stage == 3:
-        return BUCKET + min(LIVE_PARAMETERS, total)
+        return BUCKET + (min(LIVE_PARAMETERS, total) if gpus > 1 else 0)
     return BUCKET * stage.zero_stage
 
 

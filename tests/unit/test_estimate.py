@@ -95,6 +95,9 @@ def test_buffers_are_those_of_the_settings_that_deepspeed_gets() -> None:
     assert made["stage3_max_live_parameters"] == LIVE_PARAMETERS
     assert made.get("reduce_bucket_size", DeepSpeedZeroConfig().reduce_bucket_size) == BUCKET
     assert memory_of(_stage("pretrain"), llava_7b(), PAPER).buffers == 2 * (1e9 + 5e8)
+    alone = Cluster(nodes=1, gpus_per_node=1)
+    assert memory_of(_stage("pretrain"), llava_7b(), alone).buffers == 2 * 5e8
+    assert memory_of(_stage("align"), llava_7b(), alone).buffers == 2 * 2 * 5e8
 
 
 def test_a_cap_of_tokens_caps_the_activations() -> None:
@@ -308,7 +311,7 @@ def test_the_job_says_plainly_what_does_not_fit(
 ) -> None:
     flags = ("--stage", "pretrain", "--cluster.nodes=1", "--cluster.gpus-per-node=1")
     text = _run(monkeypatch, capsys, "7b", *flags)
-    assert "pretrain does NOT fit: 133.4 of 72.0 GB. It fits with one of:\n  4 GPUs" in text
+    assert "pretrain does NOT fit: 134.4 of 72.0 GB. It fits with one of:\n  4 GPUs" in text
     assert "finetune" not in text
 
 
