@@ -35,8 +35,7 @@ from sg4v_ray.model.geometry import as_model_sees
 from sg4v_ray.model.processor import PixelMaker
 
 _RAYS_NICENESS: Final = 15
-"""Ray's default for its workers (`worker_niceness`): whatever else the machine does slows both sides
-alike."""
+"""Ray's default for its workers (`worker_niceness`): what else a machine does slows both alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
