@@ -99,6 +99,7 @@ def make_engine(steps: int) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": of.micro_batch,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
         "zero_optimization": {
             "stage": of.zero_stage,
             "overlap_comm": True,
