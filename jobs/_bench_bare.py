@@ -32,7 +32,7 @@ from sg4v_ray.model import weights
 from sg4v_ray.model.conversation import IGNORE, Conversation
 from sg4v_ray.model.freeze import freeze
 from sg4v_ray.model.geometry import as_model_sees
-from sg4v_ray.model.processor import PixelMaker
+from sg4v_ray.model.pixels import PixelMaker
 
 _RAYS_NICENESS: Final = 15
 """Ray's default for its workers (`worker_niceness`): what else a machine does slows both alike."""
