@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One Ray cluster for all tests of this folder: starting one takes longer than most tests."""
+"""What all tests of this folder share: a Ray cluster, which starts longer than most tests take."""
 
 from collections.abc import Iterator
 
 import pytest
 import ray
+import torch.distributed as dist
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """A process group of this process alone; one for all, because DeepSpeed remembers the first."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from sg4v_ray.core import errors
@@ -112,8 +111,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
-    """A root to train in, and a process group of this process alone."""
+def site(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, process_group: None
+) -> Iterator[Site]:
+    """A root to train in, by this process alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
         patch.setattr(metrics, "REPORT_EVERY_S", 0.0)
@@ -121,9 +122,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator
         patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as one worker of one CPU
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         yield make_site(tmp_path_factory.mktemp("loop"), tiny_model / "tokenizer.json")
-        dist.destroy_process_group()
         torch.set_num_threads(threads)
 
 
