@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs._cli import parse
 from sg4v_ray.recipes.sharegpt4v import planned
 from sg4v_ray.training.cluster import Cluster
 from sg4v_ray.training.estimate import estimate
-from tests.unit.weight_sources import write_clip, write_published
+from tests.unit.weight_sources import write_clip, write_vicuna
 
 pytestmark = pytest.mark.training
 
@@ -26,17 +27,18 @@ def section() -> str:
 
 
 def test_weights_go_in_and_out_by_the_readmes_lines(tmp_path: Path) -> None:
-    write_published(tmp_path / "ShareGPT4V-7B")
-    (tmp_path / "ShareGPT4V-7B/vision_tower").rename(tmp_path / "unused")
-    write_clip(tmp_path / "vit-l12")
+    write_vicuna(tmp_path / "vicuna")
+    write_clip(tmp_path / "clip")
     block = re.search(r"```\n(.*?)```", section(), re.DOTALL)
     assert block is not None
-    counted, brought_in, taken_out = block[1].strip().splitlines()
-    # The README exports the model of a loop; here it is the one that was just imported.
-    taken_out = taken_out.replace("vlm@v1", "imported@v1").replace("runs/easy-vqa", "runs")
+    counted, brought_in, trained, taken_out = block[1].strip().splitlines()
+    # The README exports the model that was trained; here it is the one that was just imported.
+    taken_out = taken_out.replace("vlm@v1", "vicuna-clip@v1")
 
     def run(command: str) -> str:
-        line = command.replace("/data", str(tmp_path)).replace("$PWD", str(tmp_path))
+        line = command
+        for place in ("/data", "/shared", "$PWD"):
+            line = line.replace(place, str(tmp_path))
         argv = [sys.executable, *shlex.split(line)[1:]]
         done = subprocess.run(
             argv, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=300
@@ -45,8 +47,10 @@ def test_weights_go_in_and_out_by_the_readmes_lines(tmp_path: Path) -> None:
         return done.stdout
 
     assert "16 x A100-80G (2 nodes of 8)" in run(counted)
-    assert "imported@v1" in run(brought_in)
-    assert "imported@v1 as llava-hf" in run(taken_out)
+    assert "vicuna-clip@v1" in run(brought_in)
+    _, where = parse("", lambda line: line, shlex.split(trained)[3:])
+    assert (where.train_workers, where.train_gpu, where.loader_processes) == (16, True, 4)
+    assert "vicuna-clip@v1 as llava-hf" in run(taken_out)
     assert (tmp_path / "vlm/model.safetensors").is_file()
 
 
