@@ -9,6 +9,7 @@ and loop are its own. There are no checkpoints, metrics or restarts, and a bad i
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def make_engine(steps: int) -> Any:
             },
         },
     }
-    warmup = max(1, round(steps * of.warmup_ratio))
+    warmup = math.ceil(steps * of.warmup_ratio)
     engine, *_ = deepspeed.initialize(
         model=model.train(),
         model_parameters=[one for one in model.parameters() if one.requires_grad],

@@ -25,7 +25,7 @@ def check_cluster(where: Where) -> None:
 
     Without this a plan that is too big waits for ever, without a word.
     """
-    have = _grown_resources()
+    have = grown_resources()
     if _room(where, have) < where.min_actors:
         need_cpus = where.min_actors * where.engine_cpus + _light_cpus(where)
         need_gpus = where.min_actors * where.engine_gpus
@@ -43,7 +43,7 @@ def actors_at_once(where: Where) -> int:
     Asked for more, Ray would give the light tasks' CPUs to engines, which then wait for rows for
     ever.
     """
-    if (room := _room(where, _grown_resources())) < where.max_actors:
+    if (room := _room(where, grown_resources())) < where.max_actors:
         _log.warning(
             "%d actors are wanted, the cluster has room for %d. Add nodes, or lower "
             "--where.engine-cpus",
@@ -53,7 +53,7 @@ def actors_at_once(where: Where) -> int:
     return max(where.min_actors, min(where.max_actors, _room(where, ray.cluster_resources())))
 
 
-def _grown_resources() -> dict[str, float]:
+def grown_resources() -> dict[str, float]:
     """Return the cluster's resources; of an autoscaling one, what it may grow to."""
     grown = cluster_state.state.get_max_resources_from_cluster_config() or {}
     have = ray.cluster_resources()

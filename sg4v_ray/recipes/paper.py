@@ -2,23 +2,23 @@
 """The paper as a line of jobs at its own size: teacher, Share-Captioner, 1.2M captions, training.
 
 What it starts from is imported first: `python -m jobs.import_weights --kind vicuna-clip ...
---out.name vicuna-clip`. Paths of the data are flags. Nothing of it was run on GPUs yet.
+--out.name vicuna-clip`. Paths of the data are flags. The instruction mix takes the published
+captions; yours are taken with `--mix.config.captions`, from `jobs.export_captions`. Nothing of it
+was run on GPUs yet.
 """
 
 from typing import Final
 
 from sg4v_ray.batch.generate import GenerateConfig
 from sg4v_ray.captions.bulk import BulkConfig
-from sg4v_ray.captions.score import ScoreConfig
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart
 from sg4v_ray.dataset.conversations import JsonPart, MixPart
-from sg4v_ray.inference.clip_config import ClipConfig
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.instructions import UNIFIED
 from sg4v_ray.recipes import mixes, sharegpt4v, sources
-from sg4v_ray.recipes.line import CaptionStep, DatasetStep, Line, ScoreStep, TrainStep
+from sg4v_ray.recipes.line import CaptionStep, DatasetStep, Line, TrainStep
 from sg4v_ray.training.config import StageConfig
 
 BASE: Final = Ref(name="vicuna-clip")
@@ -40,9 +40,6 @@ def sharegpt4v_line() -> Line:
         align=_train(sharegpt4v.align(), BASE, ALIGN_DATA, ALIGNED),
         captioner=_train(sharegpt4v.captioner(), ALIGNED, CAPTIONER_DATA, CAPTIONER),
         caption=_caption(),
-        score=ScoreStep(
-            config=ScoreConfig(clip=ClipConfig()), captions=CAPTIONS, out=Ref(name="caption-scores")
-        ),
         pretrain=_train(sharegpt4v.pretrain(), ALIGNED, PRETRAIN_DATA, PRETRAINED),
         finetune=_train(sharegpt4v.finetune(), PRETRAINED, FINETUNE_DATA, VLM),
     )

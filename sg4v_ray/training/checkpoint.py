@@ -10,6 +10,7 @@ What does not train is not in it: it comes from the artifact that the run starts
 import dataclasses
 import json
 import logging
+import math
 import tempfile
 import uuid
 from collections import defaultdict
@@ -27,8 +28,10 @@ from torch import Tensor
 
 from sg4v_ray.core.config import load as load_config
 from sg4v_ray.core.errors import ConfigError, Sg4vError, StorageError
+from sg4v_ray.core.lease import refuse_overtaken
 from sg4v_ray.core.storage import Storage, is_local, local_path, sha256_of
 from sg4v_ray.training.fragments import KINDS, Piece, inner_optimizer, is_whole, pieces, restore
+from sg4v_ray.training.progress import Progress
 from sg4v_ray.training.room import check_room
 
 T = TypeVar("T")
@@ -38,54 +41,12 @@ _log = logging.getLogger(__name__)
 
 FOLDER: Final = "checkpoints"
 _COMPLETE: Final = "complete.json"
-_KEEP: Final = 2
+KEEP: Final = 2
 """The newest may turn out damaged: then the one before it is used."""
 
 
 class CheckpointsDamaged(Sg4vError):
     """There are checkpoints, and none can be read: days of work may be in them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
-    """Mean loss of the labelled tokens of samples that are not trained on."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RollBack:
-    """After step `at` the weights became those after step `to` again."""
-
-    at: int
-    to: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """How far a run is: with the plan, all of its state that is not the optimizer's."""
-
-    step: int = 0
-    """Steps done; the plan gives epoch and position from it."""
-    updates: int = 0
-    """Updates in the weights: steps without those that were skipped or rolled back."""
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Samples, tokens, labels, rejected rows by reason, over all ranks since step 0."""
-    losses: tuple[float, ...] = ()
-    """Loss of each step."""
-    grad_norms: tuple[float, ...] = ()
-    """Gradient norm of each step, before clipping."""
-    seconds: tuple[float, ...] = ()
-    """What each step took: all since the end of the step before, also what came between them."""
-    waits_s: tuple[float, ...] = ()
-    """What rank 0 waited for the batch of each step."""
-    skipped: tuple[int, ...] = ()
-    """Steps that were not applied (`training.guard`), counted from 0 as `losses` are."""
-    rollbacks: tuple[RollBack, ...] = ()
-    held_out: tuple[HeldOut, ...] = ()
-    resumed_at: tuple[int, ...] = ()
-    """Steps at which a run took over from one that was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +73,9 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run, on one rank. All ranks call its methods together."""
 
-    def __init__(self, home: Storage, engine: Any) -> None:
+    def __init__(self, home: Storage, engine: Any, *, attempt: int | None = None) -> None:
+        """Look where DeepSpeed keeps its state; `attempt` is the number of the driver's lease."""
+        self._attempt = attempt
         self._home, self._engine = home, engine
         self._pieces = pieces(engine)
         self._pool = ThreadPoolExecutor(1, "sg4v-checkpoint")
@@ -187,6 +150,8 @@ class Checkpoints:
                     "it is not completed; install the locked version of DeepSpeed"
                 )
         if dist.get_rank() == 0:
+            if self._attempt is not None:  # one that was overtaken would delete the other's
+                refuse_overtaken(self._home, self._attempt)
             record = Checkpoint(
                 name=name,
                 progress=progress,
@@ -217,7 +182,7 @@ class Checkpoints:
         resumed = (*restored.resumed_at, restored.step)
         return dataclasses.replace(restored, resumed_at=resumed)
 
-    def restore(self, *, skip: int = 0) -> Progress | None:
+    def restore(self, *, skip: int = 0, among: int | None = None) -> Progress | None:
         """Put the newest sound state, or an earlier one, into DeepSpeed, if there is one.
 
         One with a file that is missing or not as it was written is passed over with a warning, and
@@ -225,12 +190,13 @@ class Checkpoints:
 
         Args:
             skip: complete checkpoints to pass over.
+            among: look at so many of the newest alone, the passed over included.
 
         Raises:
             CheckpointsDamaged: there are some, and none can be read.
         """
         damaged: list[str] = []
-        for name in _from_first(lambda: _complete(self._home))[skip:]:
+        for name in _from_first(lambda: _complete(self._home))[skip:among]:
             state, record, problem = self._try_to_read(name)
             problems = [one for one in _gather(problem) if one is not None]
             if problems or record is None:
@@ -361,7 +327,10 @@ def _complete(home: Storage) -> list[str]:
 def _prune(home: Storage) -> None:
     """Delete all but the newest complete checkpoints and the best, unfinished ones too."""
     names = _complete(home)
-    kept = set(names[:_KEEP]) | _best(home, names)
+    newest_of: dict[str, str] = {}
+    for name in names:  # a step that was saved twice is one state to go back to
+        newest_of.setdefault(name.split("-")[0], name)
+    kept = set([*newest_of.values()][:KEEP]) | _best(home, names)
     for name in sorted({path.split("/")[1] for path in home.list(FOLDER)} - kept):
         home.delete(f"{FOLDER}/{name}")
 
@@ -382,8 +351,9 @@ def _best(home: Storage, names: list[str]) -> set[str]:
         except StorageError as error:
             _log.warning("%s", error)
             continue
-        if progress.held_out and progress.held_out[-1].step == progress.step:
-            scored[name] = progress.held_out[-1].loss
+        looks = progress.held_out
+        if looks and looks[-1].step == progress.step and math.isfinite(looks[-1].loss):
+            scored[name] = looks[-1].loss
     return {min(scored, key=scored.__getitem__)} if scored else set()
 
 

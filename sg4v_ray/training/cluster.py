@@ -39,8 +39,13 @@ KNOWN_GPUS: Final[Mapping[str, Gpu]] = MappingProxyType(
 
 
 def tflops_of(device: str) -> float | None:
-    """Return the dense bfloat16 TFLOP/s of a device as CUDA names it, if its kind is known."""
+    """Return the dense bfloat16 TFLOP/s of a device as CUDA names it, if its kind is known.
+
+    H100 cards for PCIe are slower than those that are known here.
+    """
     words = device.replace("-", " ").split()
+    if "H100" in words and "HBM3" not in words:
+        return None
     known = (one.tflops for name, one in KNOWN_GPUS.items() if name.split("-")[0] in words)
     return next(known, None)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training stage is: dataset@v + a model -> a model. All of it but the
-budget is the result's identity."""
+"""What a training stage is: dataset@v + a model -> a model. All of it but the budget and how it
+fits into memory (`PLACED`) is the result's identity."""
 
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -17,6 +17,12 @@ _COUNTS: Final = (
     *("global_batch", "micro_batch", "micro_tokens", "max_length", "save_every_steps"),
     *("max_steps", "held_out_every_steps", "rollback_after_skips"),
 )
+PLACED: Final = (
+    *("micro_batch", "micro_tokens", "zero_stage", "gradient_checkpointing"),
+    "save_every_steps",
+)
+"""Fields that say how a stage fits into memory and time. They change no step but by rounding, so a
+run that ran out of memory goes on with others."""
 StageKind = Literal["align", "captioner", "pretrain", "finetune"]
 
 

@@ -53,7 +53,10 @@ def settings(config: StageConfig, *, world_size: int, gpu: bool) -> dict[str, An
                 "lr": config.learning_rate,
                 "betas": list(config.betas),
                 "eps": config.epsilon,
-                "torch_adam": not gpu,  # the fused one needs CUDA
+                # DeepSpeed's own fused one is compiled at the first start: it needs nvcc, and a
+                # worker killed meanwhile leaves a lock on which every later one waits for ever.
+                "torch_adam": True,
+                **({"fused": True} if gpu else {}),
             },
         },
     }
@@ -106,7 +109,19 @@ def initialise(model: nn.Module, stage: StageConfig, *, world_size: int, gpu: bo
     if stage.zero_stage == 3:
         _shard(model, config, to_dtype(stage.dtype))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
+    if stage.zero_stage == 3:
+        move_buffers(model, engine.device)
     return engine
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring what is no parameter (positions, frequencies) to the device.
+
+    DeepSpeed does so for a model that it moves itself, not for one that is sharded already.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def _shard(model: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:

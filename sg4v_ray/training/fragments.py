@@ -141,14 +141,14 @@ def restore(
 
 def _make_moments(optimizer: torch.optim.Optimizer, held: list[Piece], steps: int) -> None:
     """Give every buffer the state that AdamW makes at its first step."""
-    # torch keeps the count as a tensor, DeepSpeed's fused AdamW as a number.
-    of_torch = type(optimizer).__module__.startswith("torch.")
     for piece in held:
         state = optimizer.state[piece.flat]
         for kind in KINDS[1:]:
             if kind not in state:
                 state[kind] = torch.zeros_like(piece.flat)
-        state["step"] = torch.tensor(float(steps)) if of_torch else steps
+        # torch's fused AdamW counts on the device, the other one on the host.
+        device = piece.flat.device if optimizer.param_groups[0].get("fused") else None
+        state["step"] = torch.tensor(float(steps), device=device)
 
 
 def _refresh_sharded(optimizer: Any) -> None:

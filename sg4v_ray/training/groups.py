@@ -18,8 +18,8 @@ from sg4v_ray.training import checkpoint
 from sg4v_ray.training.signals import BEGUN, LOOK_EVERY_S, SAVE, wishes
 
 _log = logging.getLogger(__name__)
-_RESIZE_WAIT_S: Final = 600.0
-"""How long a resize waits for its checkpoint; as long as Ray Train waits for a silent worker."""
+_RESIZE_WAIT_S: Final = 180.0
+"""How long a resize waits for its checkpoint. Ray's controller sees nothing else meanwhile."""
 
 
 class Groups(ControllerCallback, WorkerGroupCallback):

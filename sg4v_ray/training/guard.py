@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from sg4v_ray.core.errors import Sg4vError
-from sg4v_ray.training.checkpoint import Checkpoints, Progress, RollBack
+from sg4v_ray.training.checkpoint import KEEP, Checkpoints
+from sg4v_ray.training.progress import Progress, RollBack
 
 _WINDOW: Final = 64
 """Applied steps whose median a loss is compared with."""
@@ -56,18 +57,22 @@ class Guard:
         return wrong > 0 and wrong % self.rollback_after == 0
 
 
-def go_back(checkpoints: Checkpoints, progress: Progress) -> Progress:
+def go_back(checkpoints: Checkpoints, progress: Progress, guard: Guard) -> Progress:
     """Put weights of before in place; return where the run stands then. All ranks together.
 
-    The first time those of the newest checkpoint; if these go wrong at once, of the one before.
+    The first time those of the newest checkpoint; if these go wrong at once, of the one before, and
+    of none older. Before the first checkpoint the run goes on for a while: nothing was harmed yet.
 
     Raises:
-        TrainingDiverged: there is none, or it has been done too often.
+        TrainingDiverged: there are none left, or it has been done too often.
     """
     checkpoints.finish()
-    restored = None
+    restored, times = None, _times_back(progress)
     if len(progress.rollbacks) < _MOST:
-        restored = checkpoints.restore(skip=_times_back(progress))
+        restored = checkpoints.restore(skip=times, among=KEEP)
+    patience = (1 + KEEP) * guard.rollback_after
+    if restored is None and not times and _wrong_in_a_row(progress) < patience:
+        return progress
     if restored is None:
         raise TrainingDiverged(
             f"the last {_wrong_in_a_row(progress)} steps up to step {progress.step} went wrong "

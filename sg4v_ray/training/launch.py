@@ -7,6 +7,7 @@ from the last checkpoint and end with the weights of a run that was never stoppe
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
+from sg4v_ray.batch.room import grown_resources
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.config import content_of, load, to_plain
 from sg4v_ray.core.errors import ConfigError, ContractError, Sg4vError, WorkersLost
@@ -28,13 +30,16 @@ from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where, seconds_of
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.training import checkpoint, signals, tracker
-from sg4v_ray.training.config import Fresh, StageConfig
+from sg4v_ray.training.config import PLACED, Fresh, StageConfig
+from sg4v_ray.training.estimate import busy_micro_batch, busy_share
 from sg4v_ray.training.groups import Groups
 from sg4v_ray.training.job import BY_NAME, OUTCOME, Job, Outcome
 from sg4v_ray.training.lengths import TOKENIZER, Ruler, measure
+from sg4v_ray.training.progress import Progress
 from sg4v_ray.training.samples import open_samples
 from sg4v_ray.training.signals import Receiver
 
+_log = logging.getLogger(__name__)
 _RESIZE_EVERY_S: Final = 60.0
 """How often Ray Train looks whether there is room for more workers; its own value."""
 _RAY: Final = "ray"
@@ -68,7 +73,7 @@ def run(
     inputs = _inputs(storage, start, dataset)
     if held_out is not None:
         inputs |= {str(held_out): find(storage, held_out).fingerprint}
-    identity = content_of(config)
+    identity = {key: one for key, one in content_of(config).items() if key not in PLACED}
     if isinstance(start, Fresh):
         identity = {"stage": identity, "model": start.model, "seed": start.seed}
     if is_finished(storage, out, config=identity, inputs=inputs):
@@ -99,6 +104,7 @@ def run(
         )
     for spent in (checkpoint.FOLDER, signals.FOLDER, _RAY):
         home.delete(spent)
+    receiver.refuse_to_go_on(str(out))
     return manifest
 
 
@@ -191,20 +197,47 @@ def _check(job: Job, where: Where) -> None:
         raise ConfigError(f"held_out is {job.held_out}, which is trained on; give another dataset")
     tracker.check(where.tracker)
     _check_cluster(where)
+    _warn_of_idle_workers(stage, where.train_workers)
 
 
 def _check_cluster(where: Where) -> None:
     """Raise ConfigError if the workers do not fit; Ray would wait for ever, without a word."""
-    have = ray.cluster_resources()
+    have, now = grown_resources(), ray.cluster_resources()
     workers = where.min_train_workers or where.train_workers
-    cpus = workers * where.worker_cpus
-    gpus = workers if where.train_gpu else 0
-    if have.get("CPU", 0) < cpus or have.get("GPU", 0) < gpus:
+    need = {"CPU": where.worker_cpus, "GPU": 1.0 if where.train_gpu else 0.0}
+    # Nodes that do not exist yet are not looked at one by one; those that do hold whole workers.
+    grows = any(have.get(name, 0) > now.get(name, 0) for name in need)
+    nodes = [have] if grows else [one["Resources"] for one in ray.nodes() if one["Alive"]]
+    room = sum(_workers_of(node, need) for node in nodes)
+    if room < workers:
         raise ConfigError(
-            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
-            f"{workers} training workers need {cpus:g} and {gpus}. Lower --where.train-workers, "
+            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs on "
+            f"{len(nodes)} nodes, room for {room} of {workers} training workers, which need "
+            f"{need['CPU']:g} CPUs and {need['GPU']:g} GPUs each. Lower --where.train-workers, "
             "--where.min-train-workers or --where.worker-cpus, or add nodes."
         )
+
+
+def _workers_of(node: Mapping[str, float], need: Mapping[str, float]) -> int:
+    return int(min(node.get(name, 0) // each for name, each in need.items() if each))
+
+
+def _warn_of_idle_workers(stage: StageConfig, workers: int) -> None:
+    busy = busy_share(stage, workers)
+    if busy == 1:
+        return
+    better = busy_micro_batch(stage, workers)
+    remedy = "fewer workers keep all busy"
+    if better is not None:
+        remedy = f"--config.micro-batch {better} keeps all busy"
+    _log.warning(
+        "%.0f%% of the work of %d workers is rows that weigh nothing: a step has %d micro-batches; "
+        "%s",
+        100 * (1 - busy),
+        workers,
+        math.ceil(stage.global_batch / stage.micro_batch),
+        remedy,
+    )
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -281,14 +314,15 @@ def read_outcome(home: Storage) -> Outcome:
 
 
 def _counts(outcome: Outcome) -> dict[str, int]:
-    progress = outcome.progress or checkpoint.Progress()
+    progress = outcome.progress or Progress()
     return {"steps": progress.step, **dict(sorted(progress.counts.items()))}
 
 
 def _facts(job: Job, outcome: Outcome, *, seconds: float) -> dict[str, object]:
-    progress = outcome.progress or checkpoint.Progress()
+    progress = outcome.progress or Progress()
     return {
         _MODEL_FACT: to_plain(job.model),
+        "placed": {name: getattr(job.stage, name) for name in PLACED},
         "losses": _finite(progress.losses),
         "grad_norms": _finite(progress.grad_norms),
         "skipped": list(progress.skipped),

@@ -23,9 +23,10 @@ from sg4v_ray.core.errors import Stopped, TooManyRejects
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.model.conversation import IGNORE
 from sg4v_ray.training.batch import Batches, MicroBatch
-from sg4v_ray.training.checkpoint import Checkpoints, CheckpointsDamaged, HeldOut, Progress
+from sg4v_ray.training.checkpoint import Checkpoints, CheckpointsDamaged
 from sg4v_ray.training.guard import Guard, TrainingDiverged, go_back
 from sg4v_ray.training.metrics import Metrics, Monitor, Pace, Work
+from sg4v_ray.training.progress import HeldOut, Progress
 from sg4v_ray.training.schedule import SCALE, Schedule
 from sg4v_ray.training.signals import Word
 
@@ -104,7 +105,7 @@ def _train(loop: Loop) -> Progress:
         loop.budget.check(rejected=rejected, total=plan.num_planned)
         is_last = progress.step == plan.total_steps
         if loop.guard.must_go_back(progress):
-            progress = go_back(loop.checkpoints, progress)
+            progress = go_back(loop.checkpoints, progress, loop.guard)
         if _is_due(progress.step, loop.held_out_every_steps, is_last=is_last):
             looked = HeldOut(step=progress.step, loss=_held_out_loss(loop))
             progress = dataclasses.replace(progress, held_out=(*progress.held_out, looked))
@@ -112,7 +113,8 @@ def _train(loop: Loop) -> Progress:
         must_save = _is_due(progress.step, loop.save_every_steps, is_last=is_last) and (
             made.is_applied or is_last
         )
-        if loop.saves_best and progress.held_out and progress.held_out[-1].step == progress.step:
+        looked_now = progress.held_out and progress.held_out[-1].step == progress.step
+        if loop.saves_best and looked_now and made.is_applied:
             must_save |= least(progress.held_out).step == progress.step
         must_hurry = False
         if is_time or is_last:
@@ -223,8 +225,8 @@ def _step(loop: Loop, micro_batches: list[MicroBatch], progress: Progress, *, la
 
 
 def least(looks: tuple[HeldOut, ...]) -> HeldOut:
-    """Return the look with the least loss, the last one of equals."""
-    return min(looks, key=lambda one: (one.loss, -one.step))
+    """Return the look with the least loss, the last one of equals; NaN is more than any."""
+    return min(looks, key=lambda one: (not math.isfinite(one.loss), one.loss, -one.step))
 
 
 def _is_due(step: int, every: int | None, *, is_last: bool) -> bool:
@@ -252,7 +254,7 @@ def _held_out_loss(loop: Loop) -> float:
     dist.all_reduce(sums)
     loss, labels, rejected, samples = sums.tolist()
     loop.budget.check(rejected=Counter(unreadable_image=int(rejected)), total=int(samples))
-    return loss / max(1.0, labels)
+    return loss / labels if labels else math.nan
 
 
 def _set_deadline(loop: Loop) -> None:

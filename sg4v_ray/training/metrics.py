@@ -13,8 +13,8 @@ import torch
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.model.freeze import FreezePlan
 from sg4v_ray.model.size import count_flops
-from sg4v_ray.training.checkpoint import Progress
 from sg4v_ray.training.plan import Plan
+from sg4v_ray.training.progress import Progress
 from sg4v_ray.training.signals import Word
 
 T = TypeVar("T")

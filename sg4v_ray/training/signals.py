@@ -153,6 +153,11 @@ class Receiver:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
+    def refuse_to_go_on(self, what: str) -> None:
+        """Raise Stopped if SIGTERM came when it was too late to stop what is finished now."""
+        if self._was_told_to_stop:
+            raise Stopped(f"{what} is finished; nothing after it was begun, run the same to go on")
+
     def _save(self, signum: int, frame: FrameType | None) -> None:
         if self._wishes is None:
             _log.warning("SIGUSR1 came while no worker trained: there is nothing to save")

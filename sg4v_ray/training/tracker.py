@@ -2,16 +2,17 @@
 """Where the curves of a run go: TensorBoard files beside the model, or Weights & Biases."""
 
 import dataclasses
-import hashlib
 import importlib.util
+import logging
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 from sg4v_ray.core.errors import ConfigError
-from sg4v_ray.core.storage import Storage, is_local, local_path
+from sg4v_ray.core.storage import STORAGE_ERRORS, Storage, is_local, local_path
 from sg4v_ray.training.metrics import Metrics
 
 TrackerKind = Literal["tensorboard", "wandb", "none"]
@@ -19,6 +20,8 @@ FOLDER: Final = "tensorboard"
 PROJECT: Final = "sg4v-ray"
 """Of Weights & Biases, unless WANDB_PROJECT names another."""
 _UPLOAD_EVERY_S: Final = 60.0
+_ID_FILE: Final = "wandb-id"
+_log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -83,6 +86,12 @@ class _TensorBoard:
         self._uploaded = time.monotonic()
 
     def log(self, metrics: Metrics) -> None:
+        try:
+            self._draw(metrics)
+        except STORAGE_ERRORS as error:  # no reason to stop training
+            _log.warning("curves are not written at step %d: %s", metrics.step, error)
+
+    def _draw(self, metrics: Metrics) -> None:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -95,15 +104,24 @@ class _TensorBoard:
             self._upload()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._upload()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+                self._upload()
+        except STORAGE_ERRORS as error:
+            _log.warning("the last curves are not written: %s", error)
         self._temporary.cleanup()
 
     def _upload(self) -> None:
         self._uploaded = time.monotonic()
         if not self._is_local:
             self._home.upload(Path(self._place), FOLDER)
+
+
+def _id_of(home: Storage) -> str:
+    """Return the id of an artifact's run: the same after a stop, another if it is made anew."""
+    home.create(_ID_FILE, uuid.uuid4().hex.encode())
+    return home.get(_ID_FILE).decode()
 
 
 class _WandB:
@@ -115,7 +133,7 @@ class _WandB:
         self._run = wandb.init(
             project=wandb.setup().settings.project or PROJECT,
             name=name,
-            id=hashlib.sha256(home.root.encode()).hexdigest()[:16],  # the same after a stop
+            id=_id_of(home),
             resume="allow",
             config=dict(settings),
         )

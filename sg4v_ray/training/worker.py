@@ -30,7 +30,7 @@ from sg4v_ray.model.freeze import freeze
 from sg4v_ray.model.pixels import PixelMaker
 from sg4v_ray.model.processor import save_processor
 from sg4v_ray.training.batch import KEPT_BYTES, Batches, RowRules, Rows
-from sg4v_ray.training.checkpoint import Checkpoints, Progress
+from sg4v_ray.training.checkpoint import Checkpoints
 from sg4v_ray.training.cluster import tflops_of
 from sg4v_ray.training.deepspeed import initialise
 from sg4v_ray.training.guard import Guard
@@ -39,6 +39,7 @@ from sg4v_ray.training.lengths import TOKENIZER, read_lengths
 from sg4v_ray.training.loop import LASTING, Loop, least, train
 from sg4v_ray.training.metrics import Metrics, Monitor, Work
 from sg4v_ray.training.plan import Plan, unknown_lengths
+from sg4v_ray.training.progress import Progress
 from sg4v_ray.training.samples import Samples, open_samples
 from sg4v_ray.training.schedule import Schedule
 from sg4v_ray.training.signals import Inbox, Word, wishes
@@ -167,7 +168,7 @@ def make_loop(job: Job, home: Storage, folder: Path, model: Any, monitor: Monito
             warmup_ratio=stage.warmup_ratio,
             total_steps=plan.total_steps,
         ),
-        checkpoints=Checkpoints(home, engine),
+        checkpoints=Checkpoints(home, engine, attempt=job.attempt),
         save_every_steps=stage.save_every_steps,
         step_deadline_s=job.step_deadline_s,
         budget=stage.budget,
@@ -187,7 +188,8 @@ def _step_to_export(job: Job, loop: Loop, progress: Progress) -> int:
     checkpoint if it is another.
     """
     if job.stage.export_checkpoint == "last":
-        return progress.step
+        back = progress.rollbacks[-1:]  # at the very end, with no right step since
+        return back[0].to if back and back[0].at == progress.step else progress.step
     best = least(progress.held_out).step
     if best != progress.step:
         loop.checkpoints.restore_step(best)

@@ -31,7 +31,8 @@ def test_weights_go_in_and_out_by_the_readmes_lines(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip")
     block = re.search(r"```\n(.*?)```", section(), re.DOTALL)
     assert block is not None
-    counted, brought_in, trained, taken_out = block[1].strip().splitlines()
+    joined = block[1].replace("\\\n", " ")
+    counted, brought_in, trained, taken_out = joined.strip().splitlines()
     # The README exports the model that was trained; here it is the one that was just imported.
     taken_out = taken_out.replace("vlm@v1", "vicuna-clip@v1")
 
@@ -50,6 +51,7 @@ def test_weights_go_in_and_out_by_the_readmes_lines(tmp_path: Path) -> None:
     assert "vicuna-clip@v1" in run(brought_in)
     _, where = parse("", lambda line: line, shlex.split(trained)[3:])
     assert (where.train_workers, where.train_gpu, where.loader_processes) == (16, True, 4)
+    assert where.worker_cpus > where.loader_processes and where.engine_gpus == 1
     assert "vicuna-clip@v1 as llava-hf" in run(taken_out)
     assert (tmp_path / "vlm/model.safetensors").is_file()
 

@@ -112,6 +112,26 @@ def test_weights_and_biases_gets_the_same_run_again_after_a_stop(
         assert word in said
 
 
+def test_a_run_that_is_made_anew_is_another_one(tmp_path: Path) -> None:
+    first, second = Storage(str(tmp_path / "a")), Storage(str(tmp_path / "b"))
+    assert tracker._id_of(first) == tracker._id_of(first) != tracker._id_of(second)
+    first.delete("wandb-id")
+    assert tracker._id_of(first) != tracker._id_of(second)
+
+
+def test_curves_that_cannot_be_written_stop_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    drawn = open_tracker("tensorboard", Storage(str(tmp_path)), name="vlm@v1", settings={})
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.flush", full)
+    drawn.log(metrics(1, 3.0))
+    drawn.close()
+    assert "curves are not written at step 1: No space left" in caplog.text
+
+
 def test_a_tracker_that_is_not_installed_is_named_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.model.config import nano
 from sg4v_ray.model.freeze import PRETRAIN
+from sg4v_ray.model.weights import create
 from sg4v_ray.training.config import StageConfig
-from sg4v_ray.training.deepspeed import groups, settings
+from sg4v_ray.training.deepspeed import groups, move_buffers, settings
 
 pytestmark = pytest.mark.training
 
@@ -65,6 +67,7 @@ def test_precision_sharding_and_clipping_reach_deepspeed(zero_stage: int) -> Non
     assert made["bf16"] == {"enabled": False}
     assert made["gradient_clipping"] == 0.5
     assert made["optimizer"]["params"]["torch_adam"] is True
+    assert "fused" not in made["optimizer"]["params"]
 
 
 def test_only_trained_matrices_decay() -> None:
@@ -82,3 +85,16 @@ def test_the_first_blocks_of_a_tower_learn_least() -> None:
     made = groups(named, weight_decay=0.0, vision_layer_decay=0.5)
     scales = {id(one): group["scale"] for group in made for one in group["params"]}
     assert [scales[id(one)] for _, one in named] == [0.125, 0.5, 0.0625, 1.0]
+
+
+def test_gpus_get_torchs_fused_adamw_which_is_not_compiled_at_the_first_start() -> None:
+    params = settings(STAGE, world_size=16, gpu=True)["optimizer"]["params"]
+    assert (params["torch_adam"], params["fused"]) == (True, True)
+
+
+def test_what_is_no_parameter_goes_to_the_device_too() -> None:
+    model = create(nano(400), seed=0)
+    kept = {name for name, _ in model.named_buffers()}
+    assert kept, "positions of the tower, frequencies of the language model"
+    move_buffers(model, torch.device("meta"))
+    assert {name for name, one in model.named_buffers() if one.device.type == "meta"} == kept

@@ -35,6 +35,8 @@ def test_a_device_that_nobody_has_figures_of_has_no_utilisation() -> None:
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA L40S", 362),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
         ("NVIDIA L4", None),
         ("NVIDIA A10G", None),
     ],

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many workers a training gets, how often they are started again, and what is said after."""
 
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
 from sg4v_ray.core.errors import ConfigError, WeightsError, WorkersLost
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.recipes.sharegpt4v import align
 from sg4v_ray.training import launch
+from sg4v_ray.training.config import PLACED, StageConfig
 
 pytestmark = pytest.mark.training
 
@@ -32,13 +36,54 @@ def test_workers_that_cannot_be_are_refused(settings: dict[str, int], message: s
         Where(root="/runs", **settings)
 
 
+def _cluster(
+    patch: pytest.MonkeyPatch, *nodes: dict[str, float], most: dict[str, float] | None = None
+) -> None:
+    """Let the cluster have some nodes, and grow to `most`."""
+    now: Counter[str] = Counter()
+    for one in nodes:
+        now.update(one)  # type: ignore[arg-type]
+    patch.setattr(launch.ray, "cluster_resources", lambda: dict(now))
+    patch.setattr(launch.ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
+    patch.setattr(launch, "grown_resources", lambda: most or dict(now))
+
+
+def test_a_worker_needs_its_cpus_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cluster(monkeypatch, {"CPU": 6.0}, {"CPU": 6.0})
+    launch._check_cluster(Where(root="/runs", train_workers=2, worker_cpus=4))
+    with pytest.raises(ConfigError, match="on 2 nodes, room for 2 of 3"):
+        launch._check_cluster(Where(root="/runs", train_workers=3, worker_cpus=4))
+
+
+def test_a_cluster_that_may_grow_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _cluster(monkeypatch, {"CPU": 8.0}, most={"CPU": 8.0, "GPU": 16.0})
+    launch._check_cluster(Where(root="/runs", train_workers=8, train_gpu=True))
+    with pytest.raises(ConfigError, match="room for 8 of 9"):
+        launch._check_cluster(Where(root="/runs", train_workers=9, train_gpu=True))
+
+
+def test_workers_that_would_compute_nothing_are_named_with_what_keeps_them_busy(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    launch._warn_of_idle_workers(align(), 16)  # 256 samples in micro-batches of 32
+    assert "50% of the work of 16 workers" in caplog.text
+    assert "--config.micro-batch 16 keeps all busy" in caplog.text
+    caplog.clear()
+    launch._warn_of_idle_workers(align(), 8)
+    assert not caplog.text
+
+
+def test_how_a_stage_fits_into_memory_is_no_part_of_what_it_is() -> None:
+    assert set(PLACED) <= {field.name for field in fields(StageConfig)}
+
+
 def test_the_cluster_must_hold_the_fewest_workers_and_not_the_most(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    _cluster(monkeypatch, {"CPU": 2.0})
     launch._check_cluster(Where(root="/runs", train_workers=8, min_train_workers=2))
     for fewest in (None, 3):
-        with pytest.raises(ConfigError, match=f"{fewest or 8} training workers need"):
+        with pytest.raises(ConfigError, match=f"room for 2 of {fewest or 8} training workers"):
             launch._check_cluster(Where(root="/runs", train_workers=8, min_train_workers=fewest))
 
 

@@ -176,3 +176,13 @@ def test_a_resize_of_workers_that_do_not_train_yet_waits_for_nothing(tmp_path: P
     groups.after_worker_group_start(None)
     groups.after_controller_state_update(None, _resizing())
     assert not wishes(home, 3).exists(signals.SAVE)
+
+
+def test_sigterm_that_comes_too_late_to_stop_a_stage_stops_before_the_next(run: Storage) -> None:
+    run.put(signals.BEGUN, b"")  # in its last step: nobody takes the wish any more
+    driver = Receiver()
+    with driver.receiving(), driver.passing_on(run):
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="vlm@v1 is finished; nothing after it was begun"):
+        driver.refuse_to_go_on("vlm@v1")
+    Receiver().refuse_to_go_on("vlm@v1")  # nobody said so

@@ -17,12 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Ref
-from sg4v_ray.training.checkpoint import Progress
 from sg4v_ray.training.config import StageConfig
+from sg4v_ray.training.progress import Progress
 from tests.with_ray.training_site import Site
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ class Phase:
     world_size: int
     stop_at: int | None
     step_deadline_s: float = 60.0
+    spoil: tuple[int, int, float] | None = None
+    """Rank, step, and the factor of that rank's part of the loss in it."""
     start: ModelSource | int = 3
     port: int = field(default_factory=lambda: _free_port())
 
@@ -111,6 +113,23 @@ def _growth(make: Callable[[], T]) -> tuple[T, int]:
         return made, found.result() - before
 
 
+def _spoil(what: tuple[int, int, float]) -> None:
+    """Multiply this rank's part of the loss in one step."""
+    from sg4v_ray.training import loop
+
+    _, at, factor = what
+    step, loss_sum, now = loop._step, loop._loss_sum, [-1]
+
+    def noted(made: Any, batches: Any, progress: Progress, *, labels: int) -> Any:
+        now[0] = progress.step
+        return step(made, batches, progress, labels=labels)
+
+    def spoilt(made: Any, batch: Any) -> Any:
+        return loss_sum(made, batch) * (factor if now[0] == at else 1.0)
+
+    loop._step, loop._loss_sum = noted, spoilt
+
+
 def _main(file: Path, rank: int) -> None:
     import torch
     import torch.distributed as dist
@@ -169,6 +188,8 @@ def _main(file: Path, rank: int) -> None:
         lambda: make_loop(job, home, folder, prepare(job, home, folder), Listener())
     )
     file.with_suffix(f".rank{rank}").write_text(str(growth))
+    if phase.spoil is not None and phase.spoil[0] == rank:
+        _spoil(phase.spoil)
     if phase.stop_at is not None:
         begin = made.checkpoints.begin
 

@@ -180,6 +180,8 @@ def test_a_finished_model_is_opened_and_another_config_is_refused(
     site: Site, reference: Manifest
 ) -> None:
     assert site.run("reference") == reference
+    smaller = replace(STAGE, micro_batch=1, zero_stage=3, gradient_checkpointing=True)
+    assert site.run("reference", smaller) == reference, "how it fits into memory is no identity"
     with pytest.raises(ArtifactDrift, match="learning_rate"):
         site.run("reference", replace(STAGE, learning_rate=1e-4))
 

@@ -12,9 +12,10 @@ from sg4v_ray.core.errors import StorageError
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.model.weights import load
 from sg4v_ray.training import checkpoint, loop, worker
-from sg4v_ray.training.checkpoint import CheckpointsDamaged, Progress
+from sg4v_ray.training.checkpoint import CheckpointsDamaged
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.loop import train
+from sg4v_ray.training.progress import Progress
 from tests.with_ray.test_training_loop import (
     SHORT,
     STEPS,

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step that went wrong changes nothing, weights that went wrong become those of before."""
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sg4v_ray.training import checkpoint, loop
-from sg4v_ray.training.checkpoint import Progress, RollBack
+from sg4v_ray.training import checkpoint, loop, worker
 from sg4v_ray.training.guard import Guard, TrainingDiverged
+from sg4v_ray.training.progress import HeldOut, Progress, RollBack
+from tests.with_ray.ranks import Phase, run_phase
 from tests.with_ray.test_training_loop import (
     SHORT,
     STEPS,
@@ -20,6 +23,7 @@ from tests.with_ray.test_training_loop import (
     site,
     state_of,
 )
+from tests.with_ray.training_site import make_site
 
 __all__ = ["run", "site"]
 
@@ -135,6 +139,58 @@ def test_several_wrong_steps_in_a_row_bring_back_the_last_checkpoint_and_the_dat
     progress = checkpoint.newest(run.home).progress
     assert progress.rollbacks == (RollBack(at=11, to=5),)
     assert (progress.skipped, progress.updates) == ((8, 9, 10), 6)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_what_goes_wrong_on_one_rank_is_wrong_on_all(
+    tmp_path: Path, tiny_model: Path, zero_stage: int
+) -> None:
+    site = make_site(tmp_path, tiny_model / "tokenizer.json")
+    stage = replace(SHORT, zero_stage=zero_stage, micro_batch=2)
+    made = run_phase(Phase(site, "one", stage, 2, None, spoil=(1, 6, math.nan)))
+    assert (made.skipped, made.updates) == ((6,), STEPS - 1)
+    assert made.losses[-1] < made.losses[0]
+
+
+def test_before_the_first_checkpoint_wrong_steps_are_left_out_for_a_while(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, set(range(8)), float("nan"))
+    progress = run.train(replace(SHORT, save_every_steps=50))
+    assert (progress.skipped, progress.rollbacks) == (tuple(range(8)), ())
+
+
+def test_weights_go_back_to_the_newest_checkpoints_and_to_no_older_ones(run: Run) -> None:
+    run.train(replace(SHORT, save_every_steps=3, held_out_every_steps=3))
+    made = run.loop(SHORT, Listener())
+    assert len(run.steps()) >= checkpoint.KEEP
+    newest, before = (made.checkpoints.restore(skip=n, among=checkpoint.KEEP) for n in (0, 1))
+    assert newest is not None and before is not None and newest.step > before.step
+    assert made.checkpoints.restore(skip=2, among=checkpoint.KEEP) is None
+
+
+def test_a_step_that_is_saved_twice_takes_no_place_of_the_one_before(run: Run) -> None:
+    run.train(SHORT)
+    made = run.loop(SHORT, Listener())
+    progress = made.checkpoints.resume()
+    for _ in range(3):
+        made.checkpoints.begin(progress)
+    made.checkpoints.finish()
+    assert sorted(run.steps()) == [10, 12]
+
+
+def test_the_step_that_is_exported_is_the_one_whose_weights_the_model_has(run: Run) -> None:
+    rolled_back = Progress(step=9, rollbacks=(RollBack(at=9, to=5),))
+    loop_, job = run.loop(SHORT, Listener()), run.job(SHORT)
+    assert worker._step_to_export(job, loop_, rolled_back) == 5
+    assert worker._step_to_export(job, loop_, replace(rolled_back, step=10)) == 10
+
+
+def test_a_look_that_is_no_number_is_never_the_best() -> None:
+    looks = (HeldOut(step=1, loss=math.nan), HeldOut(step=2, loss=0.5), HeldOut(step=3, loss=0.5))
+    assert loop.least(looks).step == 3
+    assert loop.least(looks[:1]).step == 1
 
 
 def test_when_earlier_weights_go_wrong_too_the_run_ends_and_keeps_its_checkpoints(run: Run) -> None:

@@ -19,13 +19,14 @@ from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.model.weights import create
 from sg4v_ray.training import checkpoint, metrics
-from sg4v_ray.training.checkpoint import CheckpointsDamaged, Progress
+from sg4v_ray.training.checkpoint import CheckpointsDamaged
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.job import Job
 from sg4v_ray.training.launch import read_outcome
 from sg4v_ray.training.lengths import TOKENIZER
 from sg4v_ray.training.loop import Loop, train
 from sg4v_ray.training.metrics import Metrics
+from sg4v_ray.training.progress import Progress
 from sg4v_ray.training.signals import Word
 from sg4v_ray.training.worker import make_loop, prepare, work
 from tests.with_ray.training_site import DATASET, STAGE, TINY, Site, make_site
