@@ -12,7 +12,8 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from serve.config import INGRESS, Limits, ModelDeployment, ServeConfig, read
+from serve.config import DESK, INGRESS, Limits, ModelDeployment, ServeConfig, read
+from serve.desk import QuotaDesk
 from serve.ingress import Ingress
 from serve.replica import Replica, Served
 from sg4v_ray.core.artifact import find
@@ -39,7 +40,11 @@ def application(config: ServeConfig) -> Application:
         for one in models
     }
     ingress = serve.deployment(**ingress_options(config))(Ingress)
-    return ingress.bind(models, handles, limits=config.limits, cache=config.cache)
+    desk = serve.deployment(**desk_options(config))(QuotaDesk)
+    books = desk.bind(longest_request_s=config.limits.timeout_s, state=config.auth.state)
+    return ingress.bind(
+        models, handles, books, auth=config.auth, limits=config.limits, cache=config.cache
+    )
 
 
 def served(model: ModelDeployment) -> Served:
@@ -80,6 +85,18 @@ def ingress_options(config: ServeConfig) -> dict[str, Any]:
         "max_queued_requests": 128,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},
         "ray_actor_options": {"num_cpus": config.ingress_cpus, "num_gpus": 0},
+    }
+
+
+def desk_options(config: ServeConfig) -> dict[str, Any]:
+    """Return the options of the deployment that keeps the books of all keys."""
+    return {
+        **_shared_options(config.limits),
+        "name": DESK,
+        "num_replicas": 1,  # one book: more would each count their own part
+        "max_ongoing_requests": 1000,
+        "max_queued_requests": 1000,
+        "ray_actor_options": {"num_cpus": config.desk_cpus, "num_gpus": 0},
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import yaml
 
+from serve.keys import KeyRing
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.config import load
 from sg4v_ray.core.errors import ConfigError
@@ -25,6 +26,9 @@ from sg4v_ray.model.geometry import Geometry
 
 INGRESS: Final = "ingress"
 """Name of the deployment that answers HTTP; a model cannot have it."""
+DESK: Final = "quotas"
+"""Name of the deployment that keeps the books of all keys; a model cannot have it."""
+_LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ARGUMENTS = ("config", "root", "cache")
@@ -52,6 +56,41 @@ class Limits:
         for name in ("max_body_bytes", "max_images", "max_messages", "timeout_s", "decode_threads"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"limits.{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Auth:
+    """Who may call: the keys of a file, those of an environment variable, or anybody."""
+
+    keys_file: str | None = None
+    """Path on every node, e.g. of a mounted secret; read again when it changes. `serve.keys` says
+    what is in it."""
+    keys_env: str | None = None
+    """Name of a variable that holds the same text, in the environment that Ray starts in."""
+    anonymous: bool = False
+    """Everybody who reaches the port may call; for a machine of one's own."""
+    state: str | None = None
+    """Absolute path or URI of a folder where tokens used today are kept over a restart."""
+
+    def __post_init__(self) -> None:
+        ways = (self.keys_file is not None, self.keys_env is not None, self.anonymous)
+        if sum(ways) != 1:
+            raise ConfigError(
+                "auth needs one of keys_file, keys_env and anonymous: true; make a key with "
+                "`python -m serve.keys NAME`"
+            )
+        if self.state is not None:
+            check_root(self.state)
+
+    def ring(self) -> KeyRing | None:
+        """Return the keys, or None where everybody may call.
+
+        Raises:
+            ConfigError: they cannot be read.
+        """
+        if self.anonymous:
+            return None
+        return KeyRing(file=self.keys_file, variable=self.keys_env)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +126,10 @@ class ModelDeployment:
     """CPU threads of the engine."""
 
     def __post_init__(self) -> None:
-        if not _ID.fullmatch(self.id) or self.id == INGRESS:
+        if not _ID.fullmatch(self.id) or self.id in (INGRESS, DESK):
             raise ConfigError(
-                f"model id {self.id!r} must be letters, digits, '.', '_', '-' and not {INGRESS!r}"
+                f"model id {self.id!r} must be letters, digits, '.', '_', '-' and not {INGRESS!r} "
+                f"or {DESK!r}"
             )
         if not self.root:
             raise ConfigError(
@@ -141,15 +181,18 @@ class ServeConfig:
     """One Ray Serve application."""
 
     models: tuple[ModelDeployment, ...]
+    auth: Auth
     limits: Limits = field(default_factory=Limits)
     host: str = "127.0.0.1"
-    """Address that `python -m serve` listens on; loopback, because there is no key yet.
-    `serve run` and `serve deploy` take Serve's own http_options instead."""
+    """Address that `python -m serve` listens on. Behind a proxy that ends TLS: keys are sent as
+    they are. `serve run` and `serve deploy` take Serve's own http_options instead."""
     port: int = 8000
     ingress_replicas: int = 1
     """Processes that answer HTTP, decode images and tokenise."""
     ingress_cpus: float = 1.0
     """CPUs that each of them reserves."""
+    desk_cpus: float = 0.1
+    """CPUs that the deployment reserves which keeps the books of all keys."""
     cache: str = "~/.cache/sg4v-models"
     """Folder of a node's local disk for weights; not used when the root is local."""
 
@@ -157,6 +200,11 @@ class ServeConfig:
         ids = [model.id for model in self.models]
         if not ids or len(set(ids)) < len(ids):
             raise ConfigError(f"models must have ids, each once, got {', '.join(ids) or 'none'}")
+        if self.auth.anonymous and self.host not in _LOOPBACK:
+            raise ConfigError(
+                f"host is {self.host!r} and auth.anonymous lets everybody in; give auth.keys_file, "
+                "or listen on 127.0.0.1"
+            )
         if self.ingress_replicas < 1 or self.ingress_cpus < 0:
             raise ConfigError(
                 "ingress_replicas must be at least 1 and ingress_cpus not negative, got "

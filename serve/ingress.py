@@ -4,6 +4,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 from fastapi import FastAPI
@@ -13,7 +14,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.answer import Piece
-from serve.config import Limits
+from serve.config import Auth, Limits
+from serve.desk import DeskHandle
+from serve.guard import Guard
 from serve.protocol import ApiError
 from serve.replica import Served
 from serve.request import ChatModel, Job
@@ -86,7 +89,9 @@ class Ingress:
         self,
         models: tuple[Served, ...],
         handles: dict[str, DeploymentHandle],
+        desk: DeploymentHandle,
         *,
+        auth: Auth,
         limits: Limits,
         cache: str,
     ) -> None:
@@ -96,7 +101,10 @@ class Ingress:
             model = ChatModel.open(one.config, folder)
             entries[one.config.id] = Entry(model, one.created, one.fingerprint)
         self._routes = Routes(entries, Handles(handles), limits)
+        self._guarded = partial(Guard, ring=auth.ring(), desk=DeskHandle(desk))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        return self._routes.app()
+        app = self._routes.app()
+        app.add_middleware(self._guarded)
+        return app

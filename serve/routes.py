@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect
 from serve import protocol
 from serve.answer import Piece
 from serve.config import Limits
+from serve.guard import Visit, visit_of
 from serve.protocol import ApiError, ChatRequest
 from serve.request import ChatModel, Job, to_request
 
@@ -94,9 +95,13 @@ class Routes:
         data = await read_body(http, max_bytes=self._limits.max_body_bytes)
         loop = asyncio.get_running_loop()
         body, entry, job = await loop.run_in_executor(self._pool, self._prepare, data)
+        visit = visit_of(http.state)
+        await visit.book(job.num_prompt_tokens + job.request.generation.max_tokens)
+        visit.tokens = job.num_prompt_tokens  # from here on the engine works
         if body.stream:
-            return await self._streamed(body, entry, job)
+            return await self._streamed(body, entry, job, visit)
         piece = await self._backend.complete(entry.model.config.id, job)
+        visit.tokens += piece.num_tokens
         answer = protocol.completion(
             entry.head(),
             text=piece.text,
@@ -120,12 +125,14 @@ class Routes:
             )
         return self._entries[model_id]
 
-    async def _streamed(self, body: ChatRequest, entry: Entry, job: Job) -> Response:
+    async def _streamed(self, body: ChatRequest, entry: Entry, job: Job, visit: Visit) -> Response:
         # The first piece is awaited before the headers: a full queue is still a plain 503.
         pieces = self._backend.stream(entry.model.config.id, job)
         first = await anext(pieces)
+        visit.tokens = job.num_prompt_tokens + first.num_tokens
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = _events(first, pieces, entry.head(), job, with_usage=with_usage)
+        counted = _counted(pieces, visit, job.num_prompt_tokens)
+        events = _events(first, counted, entry.head(), job, with_usage=with_usage)
         return StreamingResponse(
             events,
             media_type="text/event-stream",
@@ -153,6 +160,16 @@ async def read_body(http: Request, *, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise too_large
     return bytes(body)
+
+
+async def _counted(
+    pieces: AsyncGenerator[Piece, None], visit: Visit, num_prompt_tokens: int
+) -> AsyncGenerator[Piece, None]:
+    """Yield the same; what was made until a client goes away is what its key has used."""
+    async with aclosing(pieces) as opened:
+        async for piece in opened:
+            visit.tokens = num_prompt_tokens + piece.num_tokens
+            yield piece
 
 
 async def _events(

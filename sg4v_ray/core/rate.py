@@ -40,6 +40,14 @@ class EvenLimit:
         self._free_s = at + amount / self._per_s
         return max(now, at)
 
+    def wait_s(self, now: float) -> float:
+        """Return how long until anything may be spent; nothing is booked."""
+        return max(0.0, self._free_s - now)
+
+    def left(self, now: float) -> float:
+        """Return what could be spent at once, now."""
+        return max(0.0, now - max(now - self._credit_s, self._free_s)) * self._per_s
+
     def give_back(self, amount: float) -> None:
         """Take back what was booked and not spent; a negative amount was spent on top."""
         self._free_s -= amount / self._per_s

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from serve import config as module
-from serve.config import ModelDeployment, ServeConfig, read
+from serve.config import Auth, ModelDeployment, ServeConfig, read
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.instructions import UNIFIED
 
+OPEN = Auth(anonymous=True)
 ENGINE = EngineConfig(kind="fake", capacity=4, max_model_len=400)
 DEPLOYMENT = ModelDeployment(
     id="chat",
@@ -31,6 +32,7 @@ def config_file(tmp_path: Path, extra: str = "") -> str:
     file = tmp_path / "serve.yaml"
     file.write_text(
         f"""
+auth: {{anonymous: true}}
 models:
   - id: chat
     artifact: {{name: vlm}}
@@ -90,11 +92,11 @@ def test_a_model_that_cannot_be_served_fails_at_construction(
 
 def test_two_models_cannot_share_an_id() -> None:
     with pytest.raises(ConfigError, match="each once"):
-        ServeConfig(models=(DEPLOYMENT, DEPLOYMENT))
+        ServeConfig(auth=OPEN, models=(DEPLOYMENT, DEPLOYMENT))
 
 
 def test_a_full_queue_is_noticed_by_the_ingress_not_by_the_proxy() -> None:
-    config = ServeConfig(models=(replace(DEPLOYMENT, max_replicas=3),))
+    config = ServeConfig(auth=OPEN, models=(replace(DEPLOYMENT, max_replicas=3),))
     model = config.models[0]
     assert config.max_ingress_ongoing > 3 * model.max_ongoing + model.max_queued
 
@@ -111,3 +113,21 @@ def test_the_shipped_config_fits_a_machine_with_two_cores() -> None:
     cpus = config.ingress_cpus * config.ingress_replicas
     cpus += sum(one.num_cpus * one.max_replicas for one in config.models)
     assert cpus <= 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, "one of keys_file, keys_env and anonymous"),
+        ({"keys_file": "/k", "anonymous": True}, "one of keys_file, keys_env and anonymous"),
+        ({"keys_env": "KEYS", "state": "runs"}, "relative"),
+    ],
+)
+def test_who_may_call_is_said_in_one_way(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Auth(**fields)
+
+
+def test_a_server_without_keys_listens_to_its_own_machine_alone() -> None:
+    with pytest.raises(ConfigError, match=r"host is '0\.0\.0\.0' and auth\.anonymous"):
+        ServeConfig(auth=OPEN, models=(DEPLOYMENT,), host="0.0.0.0")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One Ray, one Serve, one application with two fake models, for all tests of this folder."""
 
+import hashlib
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from sg4v_ray.core.artifact import Ref, begin, commit
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.storage import Storage
 
+KEY, LIMITED, READER = "sg4v-test-key", "sg4v-limited-key", "sg4v-metrics-key"
 CONFIG = """
+auth: {keys_file: KEYS_FILE}
 limits: {max_body_bytes: 2000000, timeout_s: 20, image: {max_bytes: 1000000}}
 ingress_cpus: 0.5
 models:
@@ -52,11 +55,15 @@ class Server:
     @property
     def client(self) -> openai.OpenAI:
         """A client that does not try again: a test wants the first answer."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=30)
 
     def handle(self, model_id: str) -> DeploymentHandle:
         """The deployment of a model, for looking at its engine."""
         return serve.get_deployment_handle(model_id, app_name="sg4v")
+
+
+def _sha256(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _free_port() -> int:
@@ -78,7 +85,15 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     folder = tmp_path_factory.mktemp("serve")
     for name in ("captioner", "vlm"):
         _commit_model(folder / "root", name, tiny_model)
-    (folder / "serve.yaml").write_text(CONFIG)
+    keys = folder / "keys.yaml"
+    keys.write_text(
+        "keys:\n"
+        f"  - {{name: tester, sha256: {_sha256(KEY)}}}\n"
+        f"  - {{name: reader, sha256: {_sha256(READER)}, scopes: [metrics]}}\n"
+        f"  - {{name: limited, sha256: {_sha256(LIMITED)},"
+        " quota: {requests_per_min: 6, tokens_per_min: 100000, concurrency: 1}}\n"
+    )
+    (folder / "serve.yaml").write_text(CONFIG.replace("KEYS_FILE", str(keys)))
     app = build({"config": str(folder / "serve.yaml"), "root": str(folder / "root")})
     port = _free_port()
     own_ray = not ray.is_initialized()  # tests/with_ray keeps its Ray to the end of the session

@@ -30,6 +30,7 @@ from sg4v_ray.core.records import Turn
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.conversation import Conversation
+from tests.with_serve.conftest import LIMITED, READER
 
 if TYPE_CHECKING:
     from tests.with_serve.conftest import Server
@@ -113,6 +114,32 @@ def test_a_typed_image_token_is_text_and_no_image(server: "Server") -> None:
         model="captioner", messages=ask("What is <image> here?"), max_tokens=2
     )
     assert answer.choices[0].finish_reason == "length"
+
+
+def test_nothing_is_answered_without_a_key(server: "Server") -> None:
+    for path in ("/v1/models", "/v1/chat/completions", "/", "/docs", "/openapi.json", "/-/x"):
+        for headers in ({}, {"authorization": "Bearer none"}, {"host": "127.0.0.1/-/healthz"}):
+            found = httpx.get(server.url + path, headers=headers)
+            assert found.status_code == 401, path
+            assert found.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{server.url}/-/healthz").status_code == 200, "the proxy's own"
+
+
+def test_a_key_gets_its_quota_and_is_told_when_to_come_back(server: "Server") -> None:
+    client = server.client.with_options(api_key=LIMITED)
+    first = client.chat.completions.with_raw_response.create(model="captioner", messages=ask("A"))
+    assert first.headers["x-ratelimit-limit-requests"] == "6"
+    assert first.headers["x-request-id"].startswith("req-")
+    with pytest.raises(openai.RateLimitError) as refused:
+        for _ in range(3):
+            client.chat.completions.create(model="captioner", messages=ask("A"))
+    assert 0 < int(refused.value.response.headers["retry-after"]) <= 10
+    assert server.client.models.list().data, "other keys go on"
+
+
+def test_a_key_for_figures_asks_no_model(server: "Server") -> None:
+    with pytest.raises(openai.PermissionDeniedError, match="no scope 'inference'"):
+        server.client.with_options(api_key=READER).models.list()
 
 
 def test_an_unknown_model_is_404(server: "Server") -> None:

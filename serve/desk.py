@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The books of all keys in one Ray Serve deployment, and the way to it from every ingress."""
+
+import asyncio
+import json
+import logging
+import time
+from typing import Any, Final
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from serve.keys import Key, Quota
+from serve.protocol import ApiError
+from serve.quota import Quotas, Refusal, Ticket
+from sg4v_ray.core.errors import StorageError
+from sg4v_ray.core.storage import Storage
+
+_log = logging.getLogger(__name__)
+_FILE: Final = "usage.json"
+_SAVE_EVERY_S: Final = 5.0
+_DAY_S: Final = 86_400
+_RETRY_AFTER_S: Final = 1
+
+
+class QuotaDesk:
+    """Ray Serve deployment of one replica. What keys used today survives it, where it may save."""
+
+    def __init__(self, *, longest_request_s: float, state: str | None) -> None:
+        self._quotas = Quotas(longest_request_s=longest_request_s)
+        self._home = None if state is None else Storage(state)
+        self._before = self._load()
+        self._saved_s = time.monotonic()
+        self._saving: asyncio.Task[None] | None = None
+
+    async def enter(self, name: str, quota: Quota) -> Ticket | Refusal:
+        """See `Quotas.enter`."""
+        now = time.time()
+        return self._quotas.enter(name, quota, now=now, today=self._today(name, now))
+
+    async def book(self, name: str, quota: Quota, number: int, tokens: int) -> Refusal | None:
+        """See `Quotas.book`."""
+        now, today = time.time(), self._today(name, time.time())
+        refusal = self._quotas.book(name, quota, number, tokens, now=now, today=today)
+        self._save_soon()
+        return refusal
+
+    async def leave(self, name: str, number: int, tokens: int) -> None:
+        """See `Quotas.leave`."""
+        self._quotas.leave(name, number, tokens)
+        self._save_soon()
+
+    def _today(self, name: str, now: float) -> int:
+        day, tokens = self._before.get(name, (0, 0))
+        return tokens if day == int(now // _DAY_S) else 0
+
+    def _load(self) -> dict[str, tuple[int, int]]:
+        if self._home is None or not self._home.exists(_FILE):
+            return {}
+        found = json.loads(self._home.get(_FILE))
+        return {name: (int(day), int(tokens)) for name, (day, tokens) in found.items()}
+
+    def _save_soon(self) -> None:
+        now = time.monotonic()
+        is_busy = self._saving is not None and not self._saving.done()
+        if self._home is None or is_busy or now - self._saved_s < _SAVE_EVERY_S:
+            return
+        self._saved_s = now
+        days = {**self._before, **self._quotas.days()}
+        self._saving = asyncio.create_task(asyncio.to_thread(self._save, self._home, days))
+
+    def _save(self, home: Storage, days: dict[str, tuple[int, int]]) -> None:
+        try:
+            home.put(_FILE, json.dumps(days).encode())
+        except StorageError as error:  # requests are not refused for it; the next one tries again
+            _log.error("what keys used today is not saved: %s", error)
+
+
+class DeskHandle:
+    """The `Desk` of the guard that is Ray Serve. Without it nobody with a quota gets in."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def enter(self, key: Key) -> Ticket | Refusal:
+        """Count a request.
+
+        Raises:
+            ApiError: 503, the books cannot be reached.
+        """
+        found: Ticket | Refusal = await self._ask("enter", key.name, key.quota)
+        return found
+
+    async def book(self, key: Key, number: int, tokens: int) -> Refusal | None:
+        """Book the most tokens that it can use.
+
+        Raises:
+            ApiError: 503, the books cannot be reached.
+        """
+        refusal: Refusal | None = await self._ask("book", key.name, key.quota, number, tokens)
+        return refusal
+
+    async def leave(self, key: Key, number: int, tokens: int) -> None:
+        """End it; a place that cannot be given back is free after the longest request."""
+        try:
+            await asyncio.shield(self._ask("leave", key.name, number, tokens))
+        except ApiError as error:
+            _log.warning("request %d of %s is not ended: %s", number, key.name, error)
+
+    async def _ask(self, method: str, *args: object) -> Any:
+        try:
+            return await getattr(self._handle, method).remote(*args)
+        except (BackPressureError, DeploymentUnavailableError, RayActorError) as error:
+            raise ApiError(
+                503, "quotas cannot be looked up now; try again", code="unavailable",
+                retry_after_s=_RETRY_AFTER_S,
+            ) from error  # fmt: skip

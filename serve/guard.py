@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who gets in: the outermost layer of the application, before any body is read.
+
+Everything needs a key, paths that do not exist too: there is no list of open ones to get wrong.
+It looks at `scope["path"]` as the server received it and at nothing that a Host header can change.
+(Serve's own proxy answers `/-/healthz` and `/-/routes` itself, before us and without a key.)
+"""
+
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.keys import Key, KeyRing
+from serve.keys import Scope as KeyScope
+from serve.protocol import ApiError
+from serve.quota import Reason, Refusal, Ticket
+
+VISIT: Final = "visit"
+"""Where a request's `Visit` lies in its state."""
+_REQUEST_ID: Final = "x-request-id"
+_CLEAN_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_LONGEST_KEY: Final = 512
+_SCOPES: Final[Mapping[str, KeyScope]] = {"/metrics": "metrics", "/health": "metrics"}
+"""What a path needs that is not for inference, with all below it."""
+_SAID: Final[Mapping[Reason, str]] = {
+    "requests": "this key has sent its requests of this minute",
+    "tokens": "this key has used its tokens of this minute",
+    "concurrency": "this key has as many requests open as it may",
+    "day": "this key has used its tokens of today, or this request could pass them",
+}
+
+
+class Desk(Protocol):
+    """Whoever keeps the books of all keys (`serve.desk`)."""
+
+    async def enter(self, key: Key) -> Ticket | Refusal:
+        """Count a request."""
+
+    async def book(self, key: Key, number: int, tokens: int) -> Refusal | None:
+        """Book the most tokens that it can use."""
+
+    async def leave(self, key: Key, number: int, tokens: int) -> None:
+        """End it with the tokens that it used."""
+
+
+@dataclass(slots=True)
+class Visit:
+    """One request of one key."""
+
+    request_id: str
+    desk: Desk | None = None
+    key: Key | None = None
+    """None where keys are not asked for."""
+    ticket: Ticket | None = None
+    """None for a key without a quota."""
+    tokens: int = 0
+    """Used so far."""
+
+    async def book(self, tokens: int) -> None:
+        """Book the most tokens that this request can use.
+
+        Raises:
+            ApiError: 429, the key may not.
+        """
+        if self.desk is None or self.key is None or self.ticket is None:
+            return
+        refusal = await self.desk.book(self.key, self.ticket.number, tokens)
+        if refusal is not None:
+            raise too_many(refusal)
+
+
+def too_many(refusal: Refusal) -> ApiError:
+    """Return the 429 of a refusal."""
+    return ApiError(
+        429,
+        f"{_SAID[refusal.reason]}; try again in {refusal.retry_after_s} s",
+        code="rate_limit_exceeded",
+        retry_after_s=refusal.retry_after_s,
+    )
+
+
+def visit_of(state: object) -> Visit:
+    """Return the visit of a request; one of nobody where no guard stands before the routes."""
+    found = getattr(state, VISIT, None)
+    return found if isinstance(found, Visit) else Visit(request_id="none")
+
+
+class Guard:
+    """ASGI middleware: key, scope, quota; then the application with a `Visit` in its state."""
+
+    def __init__(self, app: ASGIApp, *, ring: KeyRing | None, desk: Desk) -> None:
+        """Let nobody in without a key of the ring; without a ring, everybody."""
+        self._app, self._ring, self._desk = app, ring, desk
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no socket is opened here
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        visit = Visit(_request_id(Headers(scope=scope)), self._desk)
+        sending = _with_headers(send, visit)
+        try:
+            visit.key = self._key(scope)
+            if visit.key is not None:
+                visit.ticket = await self._enter(visit.key)
+        except ApiError as error:
+            await _answer(error)(scope, receive, sending)
+            return
+        scope.setdefault("state", {})[VISIT] = visit
+        try:
+            await self._app(scope, receive, sending)
+        finally:  # also of a client that went away before the first byte
+            if visit.key is not None and visit.ticket is not None:
+                await self._desk.leave(visit.key, visit.ticket.number, visit.tokens)
+
+    def _key(self, scope: Scope) -> Key | None:
+        if self._ring is None:
+            return None
+        kind, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
+        presented = presented.strip()
+        is_sent = kind.lower() == "bearer" and 0 < len(presented) <= _LONGEST_KEY
+        key = self._ring.find(presented) if is_sent else None
+        if key is None:
+            raise ApiError(
+                401,
+                "no valid API key; send it as `Authorization: Bearer KEY`",
+                code="invalid_api_key",
+            )
+        needed = scope_of(scope["path"])
+        if needed not in key.scopes:
+            raise ApiError(
+                403, f"this key has no scope {needed!r}; ask for one that has", code="no_scope"
+            )
+        return key
+
+    async def _enter(self, key: Key) -> Ticket | None:
+        quota = key.quota
+        limits = (quota.requests_per_min, quota.tokens_per_min, quota.concurrency)
+        if all(one is None for one in (*limits, quota.tokens_per_day)):
+            return None
+        found = await self._desk.enter(key)
+        if isinstance(found, Refusal):
+            raise too_many(found)
+        return found
+
+
+def scope_of(path: str) -> KeyScope:
+    """Return the scope that a path needs."""
+    for start, scope in _SCOPES.items():
+        if path == start or path.startswith(f"{start}/"):
+            return scope
+    return "inference"
+
+
+def _request_id(headers: Headers) -> str:
+    """Return the caller's id of a request, if it can stand in a log as it is, or a new one."""
+    sent = headers.get(_REQUEST_ID, "")
+    return sent if _CLEAN_ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}"
+
+
+def _with_headers(send: Send, visit: Visit) -> Send:
+    """Return a `send` that adds the request's id and what is left of the quota."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers[_REQUEST_ID] = visit.request_id
+            for name, value in _left(visit).items():
+                headers[name] = value
+        await send(message)
+
+    return sending
+
+
+def _left(visit: Visit) -> dict[str, str]:
+    if visit.key is None or visit.ticket is None:
+        return {}
+    quota, ticket = visit.key.quota, visit.ticket
+    pairs: dict[str, Any] = {}
+    if quota.requests_per_min is not None:
+        pairs["x-ratelimit-limit-requests"] = f"{quota.requests_per_min:g}"
+        pairs["x-ratelimit-remaining-requests"] = str(ticket.left_requests)
+    if quota.tokens_per_min is not None:
+        pairs["x-ratelimit-limit-tokens"] = f"{quota.tokens_per_min:g}"
+        pairs["x-ratelimit-remaining-tokens"] = str(ticket.left_tokens)
+    return pairs
+
+
+def _answer(error: ApiError) -> JSONResponse:
+    headers = error.headers()
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A key gets what its quota says and not more, and is told how long to wait."""
+
+import random
+
+import pytest
+
+from serve.keys import Quota
+from serve.quota import Quotas, Refusal, Ticket
+
+NOON = 20_000 * 86_400 + 43_200.0
+
+
+def books() -> Quotas:
+    return Quotas(longest_request_s=100.0)
+
+
+def test_requests_a_minute_hold_over_any_minute_but_for_a_short_burst() -> None:
+    quotas, quota, taken = books(), Quota(requests_per_min=60), []
+    now = NOON
+    while now < NOON + 300:
+        if isinstance(quotas.enter("a", quota, now=now), Ticket):
+            taken.append(now)
+        now += 0.1
+    for start in range(0, 240, 10):
+        inside = sum(NOON + start <= one < NOON + start + 60 for one in taken)
+        assert 58 <= inside <= 71, start
+
+
+def test_after_the_time_that_was_told_a_request_is_taken_and_not_before() -> None:
+    quotas, quota, now = books(), Quota(requests_per_min=6), NOON
+    while isinstance(found := quotas.enter("a", quota, now=now), Ticket):
+        pass
+    assert found.reason == "requests" and 0 < found.retry_after_s <= 10
+    assert isinstance(quotas.enter("a", quota, now=now + found.retry_after_s), Ticket)
+
+
+def test_two_keys_with_quotas_of_three_to_one_get_three_to_one() -> None:
+    quotas, draw = books(), random.Random(1)
+    limits = {"large": Quota(requests_per_min=180), "small": Quota(requests_per_min=60)}
+    taken = {"large": 0, "small": 0}
+    for number in range(120_000):  # two minutes, each asks 500 times a second
+        name = draw.choice(("large", "small"))
+        now = NOON + number / 1000
+        taken[name] += isinstance(quotas.enter(name, limits[name], now=now), Ticket)
+    assert taken["large"] / taken["small"] == pytest.approx(3, rel=0.1)
+
+
+def test_open_requests_are_counted_until_they_leave() -> None:
+    quotas, quota = books(), Quota(concurrency=2)
+    first, second = (quotas.enter("a", quota, now=NOON) for _ in range(2))
+    assert isinstance(first, Ticket) and isinstance(second, Ticket)
+    assert quotas.enter("a", quota, now=NOON) == Refusal("concurrency", 1)
+    quotas.leave("a", first.number, 0)
+    assert isinstance(quotas.enter("a", quota, now=NOON), Ticket)
+
+
+def test_the_place_of_a_request_whose_process_is_gone_is_free_again() -> None:
+    quotas, quota = books(), Quota(concurrency=1)
+    assert isinstance(quotas.enter("a", quota, now=NOON), Ticket)
+    assert isinstance(quotas.enter("a", quota, now=NOON + 100), Refusal), "it may be alive"
+    assert isinstance(quotas.enter("a", quota, now=NOON + 161), Ticket)
+
+
+def test_tokens_that_were_booked_and_not_used_are_given_back() -> None:
+    quotas, quota = books(), Quota(tokens_per_min=6000)
+    ticket = quotas.enter("a", quota, now=NOON)
+    assert isinstance(ticket, Ticket) and ticket.left_tokens == 1000
+    assert quotas.book("a", quota, ticket.number, 3000, now=NOON) is None
+    assert quotas.enter("a", quota, now=NOON) == Refusal("tokens", 20)
+    quotas.leave("a", ticket.number, 500)
+    assert isinstance(quotas.enter("a", quota, now=NOON), Ticket)
+
+
+def test_a_day_ends_at_midnight_utc_and_its_quota_is_never_passed() -> None:
+    quotas, quota = books(), Quota(tokens_per_day=1000)
+    ticket = quotas.enter("a", quota, now=NOON)
+    assert isinstance(ticket, Ticket)
+    assert quotas.book("a", quota, ticket.number, 1001, now=NOON) == Refusal("day", 43_200)
+    assert quotas.book("a", quota, ticket.number, 1000, now=NOON) is None
+    assert quotas.enter("a", quota, now=NOON) == Refusal("day", 43_200)
+    assert isinstance(quotas.enter("a", quota, now=NOON + 43_200), Ticket)
+
+
+def test_what_was_used_today_before_a_restart_counts() -> None:
+    quota = Quota(tokens_per_day=1000)
+    assert isinstance(books().enter("a", quota, now=NOON, today=1000), Refusal)
+
+
+def test_a_quota_that_is_changed_holds_at_once() -> None:
+    quotas = books()
+    assert isinstance(quotas.enter("a", Quota(concurrency=1), now=NOON), Ticket)
+    assert isinstance(quotas.enter("a", Quota(concurrency=1), now=NOON), Refusal)
+    assert isinstance(quotas.enter("a", Quota(concurrency=2), now=NOON), Ticket)
+
+
+def test_keys_do_not_use_each_others_quota() -> None:
+    quotas, quota = books(), Quota(requests_per_min=6, concurrency=1)
+    assert isinstance(quotas.enter("a", quota, now=NOON), Ticket)
+    assert isinstance(quotas.enter("b", quota, now=NOON), Ticket)
