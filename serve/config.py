@@ -31,6 +31,10 @@ DESK: Final = "quotas"
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_COUNTS = (
+    *("max_body_bytes", "max_images", "max_caption_images", "max_messages", "timeout_s"),
+    "decode_threads",
+)
 _ARGUMENTS = ("config", "root", "cache")
 
 
@@ -46,6 +50,8 @@ class Limits:
     """Of each image. Smaller than in batch jobs: many requests are decoded at once."""
     max_images: int = 1
     """Images of a request, over all its messages. The models are trained on one."""
+    max_caption_images: int = 16
+    """Images of one call of /v1/captions; each is a request of its own to the model."""
     max_messages: int = 64
     timeout_s: float = 300.0
     """From the moment a replica takes a request to its last token."""
@@ -53,7 +59,7 @@ class Limits:
     """Requests that are parsed, decoded and tokenised at the same time in one ingress."""
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_images", "max_messages", "timeout_s", "decode_threads"):
+        for name in _COUNTS:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"limits.{name} must be above 0, got {getattr(self, name)}")
 

@@ -64,6 +64,16 @@ class ApiError(Sg4vError):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
+    def about(self, param: str) -> "ApiError":
+        """Return the same error of another field."""
+        return ApiError(
+            self.status,
+            f"{param}: {self.message}",
+            param=param,
+            code=self.code,
+            retry_after_s=self.retry_after_s,
+        )
+
     def headers(self) -> dict[str, str]:
         """Return the headers that go with it."""
         return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
@@ -154,7 +164,7 @@ def parse(data: bytes) -> ChatRequest:
     try:
         body = ChatRequest.model_validate_json(data)
     except ValidationError as error:
-        raise _describe(error) from None
+        raise describe(error) from None
     for name, value in (body.model_extra or {}).items():
         _check_extra(name, value)
     for i, message in enumerate(body.messages):
@@ -185,7 +195,7 @@ def _check_extra(name: str, value: Any) -> None:
         )
 
 
-def _describe(error: ValidationError) -> ApiError:
+def describe(error: ValidationError) -> ApiError:
     """Name the first thing that is wrong, without repeating what was sent."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     param = ".".join(str(one) for one in first["loc"]) or None

@@ -34,6 +34,11 @@ class Job:
     num_prompt_tokens: int
     """With every image expanded to the tokens it takes."""
 
+    @property
+    def max_tokens(self) -> int:
+        """Prompt and answer together, at most."""
+        return self.num_prompt_tokens + self.request.generation.max_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class ChatModel:

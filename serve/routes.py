@@ -5,7 +5,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -18,12 +18,22 @@ from starlette.requests import ClientDisconnect
 
 from serve import protocol
 from serve.answer import Piece
+from serve.captions import (
+    MULTIPART,
+    CaptionRequest,
+    answer_of,
+    chats,
+    parse_json,
+    parse_upload,
+    pick,
+)
 from serve.config import Limits
 from serve.guard import Visit, visit_of
 from serve.protocol import ApiError, ChatRequest
 from serve.request import ChatModel, Job, to_request
 
 _log = logging.getLogger(__name__)
+_JSON: Final = "application/json"
 _CLIENT_CLOSED: Final = 499
 """What nginx and Serve call a request whose client went away."""
 
@@ -76,6 +86,7 @@ class Routes:
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{model_id}", self.model, methods=["GET"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        app.add_api_route("/v1/captions", self.captions, methods=["POST"], response_model=None)
         app.add_exception_handler(ApiError, _on_api_error)
         app.add_exception_handler(HTTPException, _on_http_error)
         app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -96,7 +107,7 @@ class Routes:
         loop = asyncio.get_running_loop()
         body, entry, job = await loop.run_in_executor(self._pool, self._prepare, data)
         visit = visit_of(http.state)
-        await visit.book(job.num_prompt_tokens + job.request.generation.max_tokens)
+        await visit.book(job.max_tokens)
         visit.tokens = job.num_prompt_tokens  # from here on the engine works
         if body.stream:
             return await self._streamed(body, entry, job, visit)
@@ -109,6 +120,44 @@ class Routes:
             used=protocol.usage(job.num_prompt_tokens, piece.num_tokens),
         )
         return JSONResponse(answer)
+
+    async def captions(self, http: Request) -> Response:
+        """POST /v1/captions."""
+        limits = self._limits
+        kinds = (_JSON, MULTIPART)
+        data = await read_body(http, max_bytes=limits.max_body_bytes, kinds=kinds)
+        sent, visit = http.headers["content-type"], visit_of(http.state)
+        if sent.lower().startswith(MULTIPART):
+            if visit.key is None and "origin" in http.headers:
+                raise ApiError(403, "an upload from a web page needs a key", code="no_key")
+            body = await parse_upload(data, sent, max_images=limits.max_caption_images)
+        else:
+            body = parse_json(data)
+        loop = asyncio.get_running_loop()
+        entry, jobs = await loop.run_in_executor(self._pool, self._prepare_captions, body)
+        await visit.book(sum(one.max_tokens for one in jobs))
+        visit.tokens = sum(one.num_prompt_tokens for one in jobs)
+        pieces = await _all([self._backend.complete(entry.model.config.id, job) for job in jobs])
+        visit.tokens += sum(one.num_tokens for one in pieces)
+        made = answer_of(entry.head(), jobs, pieces, body=body, model=entry.model)
+        return JSONResponse(made)
+
+    def _prepare_captions(self, body: CaptionRequest) -> tuple[Entry, list[Job]]:
+        most = self._limits.max_caption_images
+        if len(body.images) > most:
+            raise protocol.bad_request(
+                f"{len(body.images)} images; this server takes at most {most} a call",
+                param="images",
+            )
+        asked = {name: one.model.config.instruction for name, one in self._entries.items()}
+        entry = self._entry(pick(body.model, asked))
+        jobs = []
+        for index, chat in enumerate(chats(body, entry.model.config.id)):
+            try:
+                jobs.append(to_request(chat, model=entry.model, limits=self._limits))
+            except ApiError as error:
+                raise error.about(f"images.{index}") from None
+        return entry, jobs
 
     def _prepare(self, data: bytes) -> tuple[ChatRequest, Entry, Job]:
         body = protocol.parse(data)
@@ -140,16 +189,16 @@ class Routes:
         )
 
 
-async def read_body(http: Request, *, max_bytes: int) -> bytes:
-    """Read a JSON body, counting the bytes that arrive and not those that were announced.
+async def read_body(http: Request, *, max_bytes: int, kinds: tuple[str, ...] = (_JSON,)) -> bytes:
+    """Read a body, counting the bytes that arrive and not those that were announced.
 
     Raises:
-        ApiError: 413, it is too large; 415, it is not declared to be JSON, which is what keeps
-            forms of foreign web pages out of a server on somebody's own machine.
+        ApiError: 413, it is too large; 415, it is declared to be of another kind. A web page of
+            somebody else can send forms without asking, but no JSON, and no key.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, "the body must have the content type application/json")
+    if kind not in kinds:
+        raise ApiError(415, f"the body must have the content type {' or '.join(kinds)}")
     too_large = ApiError(413, f"the body has more than {max_bytes} bytes", code="body_too_large")
     announced = http.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
@@ -160,6 +209,19 @@ async def read_body(http: Request, *, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise too_large
     return bytes(body)
+
+
+async def _all(asked: Sequence[Coroutine[Any, Any, Piece]]) -> list[Piece]:
+    """Return all answers; the first that fails ends the others in the engine."""
+    failed: list[ApiError] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in asked]
+    except* ApiError as errors:
+        failed += [one for one in errors.exceptions if isinstance(one, ApiError)]
+    if failed:
+        raise failed[0]
+    return [one.result() for one in tasks]
 
 
 async def _counted(
