@@ -42,6 +42,12 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
 """Fields that we do not have, with the values that ask for nothing."""
 
 
+def neutral_fields() -> dict[str, Any]:
+    """Return the JSON schema of each field that we ignore, or that may only ask for nothing."""
+    ignored: dict[str, Any] = {name: {} for name in sorted(_IGNORED)}
+    return ignored | {name: {"enum": [*allowed, None]} for name, allowed in _NEUTRAL.items()}
+
+
 class ApiError(Sg4vError):
     """A request that is answered with an error; its text goes to the client."""
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Final, Protocol
 
 from fastapi import FastAPI, Request
@@ -29,6 +30,7 @@ from serve.captions import (
 )
 from serve.config import Limits
 from serve.guard import Visit, visit_of
+from serve.openapi import document
 from serve.protocol import ApiError, ChatRequest
 from serve.request import ChatModel, Job, to_request
 
@@ -78,6 +80,7 @@ class Routes:
 
     def __init__(self, entries: Mapping[str, Entry], backend: Backend, limits: Limits) -> None:
         self._entries, self._backend, self._limits = entries, backend, limits
+        self._document = document(metadata.version("sg4v-ray"))
         self._pool = ThreadPoolExecutor(limits.decode_threads, thread_name_prefix="decode")
 
     def app(self) -> FastAPI:
@@ -87,6 +90,7 @@ class Routes:
         app.add_api_route("/v1/models/{model_id}", self.model, methods=["GET"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
         app.add_api_route("/v1/captions", self.captions, methods=["POST"], response_model=None)
+        app.add_api_route("/openapi.json", self.openapi, methods=["GET"])
         app.add_exception_handler(ApiError, _on_api_error)
         app.add_exception_handler(HTTPException, _on_http_error)
         app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -100,6 +104,10 @@ class Routes:
     async def model(self, model_id: str) -> dict[str, Any]:
         """GET /v1/models/{id}."""
         return self._entry(model_id).card()
+
+    async def openapi(self) -> dict[str, Any]:
+        """GET /openapi.json."""
+        return self._document
 
     async def chat(self, http: Request) -> Response:
         """POST /v1/chat/completions."""
