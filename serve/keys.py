@@ -7,7 +7,7 @@ The file (or the environment variable) is YAML:
 
     keys:
       - name: team-a
-        sha256: 9f86d0...
+        sha256: "9f86d0..."
         scopes: [inference]
         quota: {requests_per_min: 600, tokens_per_min: 200000, concurrency: 16}
 """
@@ -203,7 +203,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     sys.stdout.write(
         f"# give this to {key.name}; it is shown once:\n# {secret}\n"
-        f"  - name: {key.name}\n    sha256: {key.sha256}\n    scopes: [inference]\n"
+        f"  - name: {key.name}\n    sha256: '{key.sha256}'\n    scopes: [inference]\n"
     )
 
 

@@ -178,7 +178,7 @@ def test_a_form_of_a_foreign_page_is_refused(client: TestClient) -> None:
         ("GET", "/", 404),
         ("GET", "/v1/chat/completions", 405),
         ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404),
+        ("POST", "/openapi.json", 405),
     ],
 )
 def test_other_paths_answer_in_the_same_shape(

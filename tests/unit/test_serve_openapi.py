@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The OpenAPI document is what the application does, shown with generated requests.
+
+The engine is fake. The soak case sends 1,000 requests to each of five operations.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from jsonschema_rs import meta
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from serve.config import Auth
+from serve.guard import Guard
+from serve.openapi import document
+from serve.request import ChatModel
+from serve.routes import Entry, Routes
+from tests.unit.test_serve_captions import DEPLOYMENT, LIMITS, InProcess
+from tests.unit.test_serve_guard import Books
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+def application(folder: Path, auth: Auth) -> Guard:
+    """Return the whole application with a fake engine."""
+    model = ChatModel.open(DEPLOYMENT, folder)
+    backend = InProcess(folder, model)
+    routes = Routes({"captioner": Entry(model, 5, "0123")}, backend, LIMITS)
+    return Guard(routes.app(), ring=auth.ring(), desk=Books())
+
+
+def test_the_document_is_valid_and_every_reference_leads_somewhere() -> None:
+    made = document("1")
+    for schema in made["components"]["schemas"].values():
+        meta.validate(schema)
+    schemathesis.openapi.from_dict(made)
+
+
+@pytest.mark.parametrize(
+    "examples", [50, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(3000)])]
+)
+def test_no_request_breaks_the_application_or_its_document(tiny_model: Path, examples: int) -> None:
+    schema = schemathesis.openapi.from_asgi(
+        "/openapi.json", application(tiny_model, Auth(anonymous=True))
+    )
+    statuses: Counter[int] = Counter()
+    for found in schema.get_all_operations():
+
+        @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=found.ok().as_strategy())
+        def holds(case: Any) -> None:
+            response = case.call()
+            case.validate_response(response, checks=CHECKS)
+            statuses[response.status_code] += 1
+
+        holds()
+    assert statuses[200] and statuses[400], "some get through, some do not"
+    assert not statuses[503], "one client is no load"
+
+
+def test_no_generated_request_gets_in_without_a_key(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"keys:\n  - {{name: one, sha256: '{'0' * 64}'}}\n")
+    closed = application(tiny_model, Auth(keys_file=str(file)))
+    schema = schemathesis.openapi.from_asgi(
+        "/openapi.json", application(tiny_model, Auth(anonymous=True))
+    )
+    schema.app = closed
+    for found in schema.get_all_operations():
+
+        @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(case=found.ok().as_strategy())
+        def refused(case: Any) -> None:
+            assert case.call().status_code == 401
+
+        refused()
