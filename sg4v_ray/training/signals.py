@@ -181,4 +181,6 @@ class Receiver:
         except STORAGE_ERRORS as error:
             _log.warning("SIGTERM was not passed on to the workers, it ends them: %s", error)
         self._gives_up = True
+        if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL, None):
+            raise Stopped(_IDLE)  # Ray Train does not run yet; with nohup nobody hears SIGINT
         signal.raise_signal(signal.SIGINT)

@@ -6,6 +6,8 @@ The nodes are processes of this machine (ray.cluster_utils), with a CPU for one 
 
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -110,3 +112,26 @@ def test_a_run_grows_when_a_node_comes_and_saves_before(
     after = checkpoint.newest(home).progress
     assert after.resumed_at == (before.step,)
     assert after.losses[: before.step] == before.losses
+
+
+def test_a_node_that_will_be_taken_away_makes_all_workers_save(
+    site: Site, tmp_path: Path, cluster: Cluster
+) -> None:
+    stage = replace(STAGE, epochs=10_000.0, save_every_steps=1_000_000)
+    _, going = (cluster.add_node(num_cpus=1) for _ in range(2))
+    cluster.wait_for_nodes()
+    ref = Ref(name="preempted")
+    home = site.storage.sub(ref.path)
+    driver = start_driver(_job(site, ref, stage), tmp_path, address=cluster.address)
+    running = lambda: driver.poll() is None  # noqa: E731
+    wait_for(lambda: any(one.endswith("/begun") for one in home.list("signals")), still=running)
+    assert newest_step(home) == 0
+    # What the autoscaler calls when a cloud says that it takes a machine back.
+    drain = ["ray", "drain-node", "--address", cluster.address, "--node-id", going.node_id]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
+    how = [*drain, *why, "--deadline-remaining-seconds", "300"]
+    subprocess.run([str(Path(sys.executable).parent / how[0]), *how[1:]], check=True)
+    wait_for(lambda: newest_step(home) > 0, still=running)
+    assert _num_workers(home) == 2
+    driver.kill()
+    driver.wait()

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.train.v2._internal.execution.controller.state import ResizingState
@@ -83,14 +84,19 @@ def test_the_signals_of_another_driver_are_not_for_this_run(run: Storage, inbox:
     assert other.exists(signals.SAVE)
 
 
-def test_sigterm_ends_a_driver_whose_workers_do_not_train_yet(run: Storage) -> None:
+@pytest.mark.parametrize("sigint", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_ends_a_driver_whose_workers_do_not_train_yet(run: Storage, sigint: Any) -> None:
+    before = signal.signal(signal.SIGINT, sigint)  # ignored: under nohup, or behind a shell's &
     driver = Receiver()
-    with (
-        driver.receiving(),
-        pytest.raises(Stopped, match="no worker trained"),
-        driver.passing_on(run),
-    ):
-        signal.raise_signal(signal.SIGTERM)
+    try:
+        with (
+            driver.receiving(),
+            pytest.raises(Stopped, match="no worker trained"),
+            driver.passing_on(run),
+        ):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_ends_a_driver_that_has_no_workers() -> None:
