@@ -94,9 +94,18 @@ def visit_of(state: object) -> Visit:
 class Guard:
     """ASGI middleware: key, scope, quota; then the application with a `Visit` in its state."""
 
-    def __init__(self, app: ASGIApp, *, ring: KeyRing | None, desk: Desk) -> None:
-        """Let nobody in without a key of the ring; without a ring, everybody."""
-        self._app, self._ring, self._desk = app, ring, desk
+    def __init__(
+        self, app: ASGIApp, *, ring: KeyRing | None, desk: Desk, echoes_id: bool = True
+    ) -> None:
+        """Let nobody in without a key of the ring; without a ring, everybody.
+
+        Args:
+            app: what is guarded.
+            ring: all keys.
+            desk: who keeps the books of their quotas.
+            echoes_id: answer with the id of the request; Serve's proxy does so itself.
+        """
+        self._app, self._ring, self._desk, self._echoes_id = app, ring, desk, echoes_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -107,7 +116,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         visit = Visit(_request_id(Headers(scope=scope)), self._desk)
-        sending = _with_headers(send, visit)
+        sending = _with_headers(send, visit, echoes_id=self._echoes_id)
         try:
             visit.key = self._key(scope)
             if visit.key is not None:
@@ -167,13 +176,14 @@ def _request_id(headers: Headers) -> str:
     return sent if _CLEAN_ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}"
 
 
-def _with_headers(send: Send, visit: Visit) -> Send:
+def _with_headers(send: Send, visit: Visit, *, echoes_id: bool) -> Send:
     """Return a `send` that adds the request's id and what is left of the quota."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            headers[_REQUEST_ID] = visit.request_id
+            if echoes_id:
+                headers[_REQUEST_ID] = visit.request_id
             for name, value in _left(visit).items():
                 headers[name] = value
         await send(message)

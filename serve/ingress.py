@@ -101,7 +101,7 @@ class Ingress:
             model = ChatModel.open(one.config, folder)
             entries[one.config.id] = Entry(model, one.created, one.fingerprint)
         self._routes = Routes(entries, Handles(handles), limits)
-        self._guarded = partial(Guard, ring=auth.ring(), desk=DeskHandle(desk))
+        self._guarded = partial(Guard, ring=auth.ring(), desk=DeskHandle(desk), echoes_id=False)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
