@@ -9,8 +9,7 @@ It looks at `scope["path"]` as the server received it and at nothing that a Host
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -19,83 +18,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.keys import Key, KeyRing
 from serve.keys import Scope as KeyScope
 from serve.protocol import ApiError
-from serve.quota import Reason, Refusal, Ticket
+from serve.quota import Refusal, Ticket
+from serve.telemetry import LogOnly, Telemetry
+from serve.visit import VISIT, Desk, Visit, too_many
 
-VISIT: Final = "visit"
-"""Where a request's `Visit` lies in its state."""
 _REQUEST_ID: Final = "x-request-id"
 _CLEAN_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LONGEST_KEY: Final = 512
 _SCOPES: Final[Mapping[str, KeyScope]] = {"/metrics": "metrics", "/health": "metrics"}
 """What a path needs that is not for inference, with all below it."""
-_SAID: Final[Mapping[Reason, str]] = {
-    "requests": "this key has sent its requests of this minute",
-    "tokens": "this key has used its tokens of this minute",
-    "concurrency": "this key has as many requests open as it may",
-    "day": "this key has used its tokens of today, or this request could pass them",
-}
-
-
-class Desk(Protocol):
-    """Whoever keeps the books of all keys (`serve.desk`)."""
-
-    async def enter(self, key: Key) -> Ticket | Refusal:
-        """Count a request."""
-
-    async def book(self, key: Key, number: int, tokens: int) -> Refusal | None:
-        """Book the most tokens that it can use."""
-
-    async def leave(self, key: Key, number: int, tokens: int) -> None:
-        """End it with the tokens that it used."""
-
-
-@dataclass(slots=True)
-class Visit:
-    """One request of one key."""
-
-    request_id: str
-    desk: Desk | None = None
-    key: Key | None = None
-    """None where keys are not asked for."""
-    ticket: Ticket | None = None
-    """None for a key without a quota."""
-    tokens: int = 0
-    """Used so far."""
-
-    async def book(self, tokens: int) -> None:
-        """Book the most tokens that this request can use.
-
-        Raises:
-            ApiError: 429, the key may not.
-        """
-        if self.desk is None or self.key is None or self.ticket is None:
-            return
-        refusal = await self.desk.book(self.key, self.ticket.number, tokens)
-        if refusal is not None:
-            raise too_many(refusal)
-
-
-def too_many(refusal: Refusal) -> ApiError:
-    """Return the 429 of a refusal."""
-    return ApiError(
-        429,
-        f"{_SAID[refusal.reason]}; try again in {refusal.retry_after_s} s",
-        code="rate_limit_exceeded",
-        retry_after_s=refusal.retry_after_s,
-    )
-
-
-def visit_of(state: object) -> Visit:
-    """Return the visit of a request; one of nobody where no guard stands before the routes."""
-    found = getattr(state, VISIT, None)
-    return found if isinstance(found, Visit) else Visit(request_id="none")
 
 
 class Guard:
     """ASGI middleware: key, scope, quota; then the application with a `Visit` in its state."""
 
     def __init__(
-        self, app: ASGIApp, *, ring: KeyRing | None, desk: Desk, echoes_id: bool = True
+        self,
+        app: ASGIApp,
+        *,
+        ring: KeyRing | None,
+        desk: Desk,
+        telemetry: Telemetry | None = None,
+        echoes_id: bool = True,
     ) -> None:
         """Let nobody in without a key of the ring; without a ring, everybody.
 
@@ -103,9 +47,11 @@ class Guard:
             app: what is guarded.
             ring: all keys.
             desk: who keeps the books of their quotas.
+            telemetry: who hears of each request; None writes lines in the log alone.
             echoes_id: answer with the id of the request; Serve's proxy does so itself.
         """
         self._app, self._ring, self._desk, self._echoes_id = app, ring, desk, echoes_id
+        self._telemetry = telemetry or LogOnly()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -117,6 +63,15 @@ class Guard:
             return
         visit = Visit(_request_id(Headers(scope=scope)), self._desk)
         sending = _with_headers(send, visit, echoes_id=self._echoes_id)
+        self._telemetry.began()
+        try:
+            await self._serve(visit, scope, receive, sending)
+        finally:  # also of a client that went away before the first byte
+            self._telemetry.ended(visit)
+            if visit.key is not None and visit.ticket is not None:
+                await self._desk.leave(visit.key, visit.ticket.number, visit.tokens)
+
+    async def _serve(self, visit: Visit, scope: Scope, receive: Receive, sending: Send) -> None:
         try:
             visit.key = self._key(scope)
             if visit.key is not None:
@@ -125,11 +80,9 @@ class Guard:
             await _answer(error)(scope, receive, sending)
             return
         scope.setdefault("state", {})[VISIT] = visit
-        try:
-            await self._app(scope, receive, sending)
-        finally:  # also of a client that went away before the first byte
-            if visit.key is not None and visit.ticket is not None:
-                await self._desk.leave(visit.key, visit.ticket.number, visit.tokens)
+        await self._app(scope, receive, sending)
+        # Set by the router: the path as it is declared.
+        visit.route = getattr(scope.get("route"), "path", visit.route)
 
     def _key(self, scope: Scope) -> Key | None:
         if self._ring is None:
@@ -181,12 +134,15 @@ def _with_headers(send: Send, visit: Visit, *, echoes_id: bool) -> Send:
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
+            visit.status = message["status"]
             headers = MutableHeaders(scope=message)
             if echoes_id:
                 headers[_REQUEST_ID] = visit.request_id
             for name, value in _left(visit).items():
                 headers[name] = value
         await send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            visit.is_whole = True
 
     return sending
 

@@ -21,6 +21,7 @@ from serve.protocol import ApiError
 from serve.replica import Served
 from serve.request import ChatModel, Job
 from serve.routes import Entry, Routes
+from serve.telemetry import RayTelemetry, write_lines
 from sg4v_ray.core.errors import EngineError
 
 _FILES: Final = ("config.json", "tokenizer.json")
@@ -101,7 +102,14 @@ class Ingress:
             model = ChatModel.open(one.config, folder)
             entries[one.config.id] = Entry(model, one.created, one.fingerprint)
         self._routes = Routes(entries, Handles(handles), limits)
-        self._guarded = partial(Guard, ring=auth.ring(), desk=DeskHandle(desk), echoes_id=False)
+        write_lines()
+        self._guarded = partial(
+            Guard,
+            ring=auth.ring(),
+            desk=DeskHandle(desk),
+            telemetry=RayTelemetry(),
+            echoes_id=False,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""

@@ -29,10 +29,10 @@ from serve.captions import (
     pick,
 )
 from serve.config import Limits
-from serve.guard import Visit, visit_of
 from serve.openapi import document
 from serve.protocol import ApiError, ChatRequest
 from serve.request import ChatModel, Job, to_request
+from serve.visit import Visit, visit_of
 
 _log = logging.getLogger(__name__)
 _JSON: Final = "application/json"
@@ -113,14 +113,14 @@ class Routes:
         """POST /v1/chat/completions."""
         data = await read_body(http, max_bytes=self._limits.max_body_bytes)
         loop = asyncio.get_running_loop()
+        visit, began = visit_of(http.state), time.monotonic()
         body, entry, job = await loop.run_in_executor(self._pool, self._prepare, data)
-        visit = visit_of(http.state)
-        await visit.book(job.max_tokens)
-        visit.tokens = job.num_prompt_tokens  # from here on the engine works
+        visit.prepare_s = time.monotonic() - began
+        await _begin(visit, entry, [job])
         if body.stream:
             return await self._streamed(body, entry, job, visit)
         piece = await self._backend.complete(entry.model.config.id, job)
-        visit.tokens += piece.num_tokens
+        visit.hear(piece.num_tokens, piece.finish_reason)
         answer = protocol.completion(
             entry.head(),
             text=piece.text,
@@ -142,11 +142,12 @@ class Routes:
         else:
             body = parse_json(data)
         loop = asyncio.get_running_loop()
+        began = time.monotonic()
         entry, jobs = await loop.run_in_executor(self._pool, self._prepare_captions, body)
-        await visit.book(sum(one.max_tokens for one in jobs))
-        visit.tokens = sum(one.num_prompt_tokens for one in jobs)
+        visit.prepare_s = time.monotonic() - began
+        await _begin(visit, entry, jobs)
         pieces = await _all([self._backend.complete(entry.model.config.id, job) for job in jobs])
-        visit.tokens += sum(one.num_tokens for one in pieces)
+        visit.hear(sum(one.num_tokens for one in pieces), pieces[-1].finish_reason)
         made = answer_of(entry.head(), jobs, pieces, body=body, model=entry.model)
         return JSONResponse(made)
 
@@ -186,9 +187,9 @@ class Routes:
         # The first piece is awaited before the headers: a full queue is still a plain 503.
         pieces = self._backend.stream(entry.model.config.id, job)
         first = await anext(pieces)
-        visit.tokens = job.num_prompt_tokens + first.num_tokens
+        visit.hear(first.num_tokens, first.finish_reason)
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        counted = _counted(pieces, visit, job.num_prompt_tokens)
+        counted = _counted(pieces, visit)
         events = _events(first, counted, entry.head(), job, with_usage=with_usage)
         return StreamingResponse(
             events,
@@ -232,13 +233,25 @@ async def _all(asked: Sequence[Coroutine[Any, Any, Piece]]) -> list[Piece]:
     return [one.result() for one in tasks]
 
 
+async def _begin(visit: Visit, entry: Entry, jobs: Sequence[Job]) -> None:
+    """Book what jobs can use, and note what they are: from here on the engine works.
+
+    Raises:
+        ApiError: 429, the key may not.
+    """
+    visit.model = entry.model.config.id
+    visit.images = sum(len(one.request.images) for one in jobs)
+    await visit.book(sum(one.max_tokens for one in jobs))
+    visit.prompt_tokens = sum(one.num_prompt_tokens for one in jobs)
+
+
 async def _counted(
-    pieces: AsyncGenerator[Piece, None], visit: Visit, num_prompt_tokens: int
+    pieces: AsyncGenerator[Piece, None], visit: Visit
 ) -> AsyncGenerator[Piece, None]:
     """Yield the same; what was made until a client goes away is what its key has used."""
     async with aclosing(pieces) as opened:
         async for piece in opened:
-            visit.tokens = num_prompt_tokens + piece.num_tokens
+            visit.hear(piece.num_tokens, piece.finish_reason)
             yield piece
 
 

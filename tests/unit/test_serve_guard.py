@@ -12,10 +12,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from serve.guard import Guard, scope_of, visit_of
+from serve.guard import Guard, scope_of
 from serve.keys import Key, KeyRing
 from serve.protocol import ApiError
 from serve.quota import Quotas, Refusal, Ticket
+from serve.visit import visit_of
 
 NOW = 20_000 * 86_400.0
 
@@ -66,7 +67,7 @@ def client(books: Books, tmp_path: Path) -> Iterator[TestClient]:
     async def who(request: Request) -> Any:
         visit = visit_of(request.state)
         await visit.book(400)
-        visit.tokens = 30
+        visit.prompt_tokens, visit.made = 20, 10
         return {"name": visit.key and visit.key.name}
 
     @app.get("/v1/much")

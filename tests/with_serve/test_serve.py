@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
+import ray
 from PIL import Image
 from ray.exceptions import RayTaskError
 
@@ -57,11 +58,11 @@ def running(server: "Server", model_id: str) -> int:
     return int(stats.running + stats.waiting)
 
 
-def eventually(condition: Callable[[], bool]) -> None:
+def eventually(condition: Callable[[], bool], *, within_s: float = WAIT_S) -> None:
     """Wait for a condition, asking anew each time; a condition that never holds fails."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, f"not so after {WAIT_S:g} s"
+        assert time.monotonic() < deadline, f"not so after {within_s:g} s"
         threading.Event().wait(0.02)
 
 
@@ -276,3 +277,24 @@ def test_captions_of_uploaded_images_come_in_their_order(server: "Server") -> No
     assert found.status_code == 200, found.text
     assert [one["index"] for one in found.json()["data"]] == [0, 1]
     assert found.json()["usage"]["completion_tokens"] > 0
+
+
+def test_requests_are_counted_where_prometheus_looks(server: "Server") -> None:
+    server.client.chat.completions.create(model="captioner", messages=ask("Which?", url=uri()))
+    (node,) = ray.nodes()
+    place = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+
+    def counted() -> bool:
+        text = httpx.get(place).text
+        lines = [one for one in text.splitlines() if one.startswith("ray_sg4v_serve_")]
+        return all(
+            any(one.startswith(f"ray_sg4v_serve_{name}") and words in one for one in lines)
+            for name, words in (
+                ("requests_total", 'route="/v1/chat/completions"'),
+                ("time_to_first_token_seconds", 'model="captioner"'),
+                ("images_total", 'source="data"'),
+                ("requests_rejected_total", 'reason="auth"'),
+            )
+        )
+
+    eventually(counted, within_s=40.0)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is told of each request: one line of JSON in the log, and Prometheus figures through Ray.
+
+Never what was asked or answered, and no key: names of keys in the log alone, not in labels.
+
+Source:
+    Names follow vLLM's and the Prometheus conventions for an OpenAI-compatible server, so that
+    dashboards need no second vocabulary; Ray puts `ray_` in front.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from serve.visit import Visit
+
+_log = logging.getLogger("serve.requests")
+_SHORT_S: Final = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_LONG_S: Final = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0)
+_REASONS: Final[Mapping[int, str]] = {
+    401: "auth", 403: "auth", 408: "time", 413: "size", 415: "type", 429: "rate", 503: "queue",
+    504: "time",
+}  # fmt: skip
+CANCELLED: Final = 499
+"""What nginx and Serve call a request whose client went away."""
+
+
+class Telemetry(Protocol):
+    """Hears of every request."""
+
+    def began(self) -> None:
+        """A request came."""
+
+    def ended(self, visit: Visit) -> None:
+        """It is over, whatever came of it."""
+
+
+class LogOnly:
+    """Writes the lines and counts nothing."""
+
+    def began(self) -> None:
+        """Say nothing yet."""
+
+    def ended(self, visit: Visit) -> None:
+        """Write the line."""
+        _log.info("%s", json.dumps(line(visit)))
+
+
+class RayTelemetry(LogOnly):
+    """Writes the lines and counts with Ray's metrics, in the process that answers HTTP."""
+
+    def __init__(self) -> None:
+        labels = ("route", "model")
+        self._requests = Counter(
+            "sg4v_serve_requests_total", "requests answered", (*labels, "status", "finish_reason")
+        )
+        self._rejected = Counter(
+            "sg4v_serve_requests_rejected_total", "requests refused, by reason", ("reason",)
+        )
+        self._cancelled = Counter(
+            "sg4v_serve_requests_cancelled_total", "requests whose client went away", labels
+        )
+        self._in_flight = Gauge("sg4v_serve_requests_in_flight", "requests that are open")
+        self._prompt = Counter("sg4v_serve_prompt_tokens_total", "tokens of prompts", ("model",))
+        self._made = Counter("sg4v_serve_generation_tokens_total", "tokens made", ("model",))
+        self._images = Counter("sg4v_serve_images_total", "images decoded", ("source",))
+        self._ttft = Histogram(
+            "sg4v_serve_time_to_first_token_seconds", "from arrival to text", _SHORT_S, labels
+        )
+        self._itl = Histogram(
+            "sg4v_serve_inter_token_latency_seconds", "between pieces of text", _SHORT_S, labels
+        )
+        self._e2e = Histogram(
+            "sg4v_serve_e2e_request_latency_seconds", "from arrival to the end", _LONG_S, labels
+        )
+        self._decode = Histogram(
+            "sg4v_serve_image_decode_seconds", "to parse, decode and tokenise", _SHORT_S, ()
+        )
+        self._open = 0
+
+    def began(self) -> None:
+        """Count it as open."""
+        self._open += 1
+        self._in_flight.set(self._open)
+
+    def ended(self, visit: Visit) -> None:
+        """Count what came of it, and write the line."""
+        super().ended(visit)
+        self._open -= 1
+        self._in_flight.set(self._open)
+        status = status_of(visit)
+        labels = {"route": visit.route, "model": visit.model}
+        more = {"status": str(status), "finish_reason": visit.finish_reason or "none"}
+        self._requests.inc(1, labels | more)
+        if reason := _REASONS.get(status):
+            self._rejected.inc(1, {"reason": reason})
+        if status == CANCELLED:
+            self._cancelled.inc(1, labels)
+        self._e2e.observe(visit.seconds, labels)
+        if visit.model:
+            self._count_work(visit, labels)
+
+    def _count_work(self, visit: Visit, labels: dict[str, str]) -> None:
+        model = {"model": visit.model}
+        for counter, amount in ((self._prompt, visit.prompt_tokens), (self._made, visit.made)):
+            if amount:
+                counter.inc(amount, model)
+        if visit.images:
+            self._images.inc(visit.images, {"source": "data"})
+        if visit.prepare_s:
+            self._decode.observe(visit.prepare_s)
+        if visit.first_token_s is not None:
+            self._ttft.observe(visit.first_token_s, labels)
+        for gap_s in visit.gaps_s:
+            self._itl.observe(gap_s, labels)
+
+
+def status_of(visit: Visit) -> int:
+    """Return the status that was sent, or 499 if the client did not wait for its end."""
+    return visit.status if visit.is_whole else CANCELLED
+
+
+def line(visit: Visit) -> dict[str, Any]:
+    """Return what the log says of a request."""
+    return {
+        "id": visit.request_id,
+        "key": visit.key.name if visit.key is not None else None,
+        "route": visit.route,
+        "model": visit.model or None,
+        "status": status_of(visit),
+        "finish_reason": visit.finish_reason,
+        "images": visit.images,
+        "prompt_tokens": visit.prompt_tokens,
+        "completion_tokens": visit.made,
+        "ttft_s": visit.first_token_s and round(visit.first_token_s, 4),
+        "e2e_s": round(visit.seconds, 4),
+    }
+
+
+def write_lines() -> None:
+    """Let the lines of this process go to its standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    _log.handlers[:] = [handler]
+    _log.setLevel(logging.INFO)
+    _log.propagate = False

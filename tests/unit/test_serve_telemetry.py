@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is told of a request: enough to run a service, and nothing that was asked or answered."""
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from serve.guard import Guard
+from serve.request import ChatModel
+from serve.routes import Entry, Routes
+from serve.telemetry import LogOnly, line, status_of
+from serve.visit import Visit
+from tests.unit.test_serve_captions import DEPLOYMENT, LIMITS, InProcess, uri
+from tests.unit.test_serve_guard import Books
+
+SECRET = "the harbour at dawn"
+
+
+class Recorder(LogOnly):
+    """Keeps every visit."""
+
+    def __init__(self) -> None:
+        self.visits: list[Visit] = []
+
+    def ended(self, visit: Visit) -> None:
+        super().ended(visit)
+        self.visits.append(visit)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def app(tiny_model: Path, recorder: Recorder) -> Guard:
+    model = ChatModel.open(DEPLOYMENT, tiny_model)
+    routes = Routes({"captioner": Entry(model, 5, "0123")}, InProcess(tiny_model, model), LIMITS)
+    return Guard(routes.app(), ring=None, desk=Books(), telemetry=recorder)
+
+
+def body(**more: Any) -> dict[str, Any]:
+    image = {"type": "image_url", "image_url": {"url": uri("teal")}}
+    content = [image, {"type": "text", "text": SECRET}]
+    return {"model": "captioner", "messages": [{"role": "user", "content": content}], **more}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_line_says_who_what_how_much_and_how_long(
+    app: Guard, recorder: Recorder, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="serve.requests"), TestClient(app) as client:
+        sent = client.post(
+            "/v1/chat/completions", json=body(stream=stream), headers={"x-request-id": "r-1"}
+        )
+    assert sent.status_code == 200
+    (record,) = (one for one in caplog.records if one.name == "serve.requests")
+    said = json.loads(record.message)
+    assert (said["id"], said["route"], said["model"]) == (
+        "r-1",
+        "/v1/chat/completions",
+        "captioner",
+    )
+    assert (said["status"], said["images"]) == (200, 1)
+    assert said["prompt_tokens"] > 0 and said["completion_tokens"] > 0
+    assert 0 < said["ttft_s"] <= said["e2e_s"]
+    assert said["finish_reason"] in ("stop", "length")
+    assert SECRET not in caplog.text and "base64" not in caplog.text
+
+
+def test_a_stream_has_a_gap_between_each_two_pieces(app: Guard, recorder: Recorder) -> None:
+    with TestClient(app) as client:
+        client.post("/v1/chat/completions", json=body(stream=True, max_tokens=8))
+    (visit,) = recorder.visits
+    assert visit.made == 8 and 0 < len(visit.gaps_s) < 8
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "status"),
+    [("/v1/none", {}, 404), ("/v1/captions", {"images": ["x"]}, 400)],
+)
+def test_a_refusal_is_told_too(
+    app: Guard, recorder: Recorder, path: str, sent: dict[str, Any], status: int
+) -> None:
+    with TestClient(app) as client:
+        client.post(path, json=sent)
+    (visit,) = recorder.visits
+    assert status_of(visit) == status
+    assert (visit.prompt_tokens, visit.made) == (0, 0)
+
+
+def test_paths_that_do_not_exist_share_one_label(app: Guard, recorder: Recorder) -> None:
+    with TestClient(app) as client:
+        for path in ("/a", "/b/c", "/v1/models/x"):
+            client.get(path)
+    assert {one.route for one in recorder.visits} == {"none", "/v1/models/{model_id}"}
+
+
+def test_a_client_that_does_not_wait_for_the_end_is_499(app: Guard, recorder: Recorder) -> None:
+    async def call() -> None:
+        data = json.dumps(body(stream=True)).encode()
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"",
+            "headers": [(b"content-type", b"application/json")], "state": {},
+        }  # fmt: skip
+        messages = [{"type": "http.request", "body": data}, {"type": "http.disconnect"}]
+
+        async def receive() -> Any:
+            return messages.pop(0) if messages else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            pass
+
+        await app(scope, receive, send)
+
+    asyncio.run(call())
+    (visit,) = recorder.visits
+    assert line(visit)["status"] == 499
+
+
+def test_what_found_no_room_costs_its_key_nothing() -> None:
+    visit = Visit(request_id="r", prompt_tokens=600, made=3)
+    assert visit.tokens == 603
+    visit.status = 503
+    assert visit.tokens == 0
