@@ -27,6 +27,7 @@ from sg4v_ray.training.job import Job
 from sg4v_ray.training.lengths import TOKENIZER
 from sg4v_ray.training.loop import train
 from sg4v_ray.training.metrics import Metrics
+from sg4v_ray.training.signals import Word
 from sg4v_ray.training.worker import make_loop, prepare
 
 STEPS = 2
@@ -59,6 +60,9 @@ class Listener:
 
     def should_save(self) -> bool:
         return False
+
+    def asked(self) -> Word:
+        return Word.NOTHING
 
 
 def status(field: str) -> int:
