@@ -81,6 +81,15 @@ class Handles:
             response.cancel()
             raise
 
+    async def ready(self) -> dict[str, bool]:
+        """Say of each model whether one of its replicas runs, as Serve's controller knows."""
+        app = serve.get_replica_context().app_name
+        status = await asyncio.to_thread(serve.status)
+        deployments = status.applications[app].deployments
+        return {
+            name: deployments[name].replica_states.get("RUNNING", 0) > 0 for name in self._whole
+        }
+
 
 @serve.ingress()
 class Ingress:

@@ -81,8 +81,19 @@ def _paths() -> dict[str, Any]:
                 body={"application/json": _ref("CaptionRequest"), "multipart/form-data": upload},
             )
         },
+        **{
+            f"/health/{kind}": {"get": _health(kind)}
+            for kind in ("live", "ready", "deep")
+        },
         "/openapi.json": {"get": _operation("openapi", None, ("401", "403", "429", "503"))},
     }  # fmt: skip
+
+
+def _health(kind: str) -> dict[str, Any]:
+    made = _operation(kind, "Health", ("401", "403", "429", "503"))
+    either = {"anyOf": [_ref("Health"), _ref("Error")]}  # of a model, or of the books of quotas
+    made["responses"]["503"]["content"]["application/json"]["schema"] = either
+    return made
 
 
 def _operation(
@@ -161,5 +172,13 @@ def _answers() -> dict[str, Any]:
             **head, object={"const": "chat.completion"}, choices=_list(choice), usage=usage
         ),
         "Captions": _object(**head, object={"const": "list"}, data=_list(caption), usage=usage),
+        "Health": {
+            "type": "object",
+            "required": ["status"],
+            "properties": {
+                "status": {"enum": ["ok", "unavailable"]},
+                "models": {"type": "object", "additionalProperties": {"type": "boolean"}},
+            },
+        },
         "Error": _object(error=_object(message=_TEXT, type=_TEXT, param=or_null, code=or_null)),
     }

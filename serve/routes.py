@@ -33,8 +33,12 @@ from serve.openapi import document
 from serve.protocol import ApiError, ChatRequest
 from serve.request import ChatModel, Job, to_request
 from serve.visit import Visit, visit_of
+from sg4v_ray.inference.engine import Generation
+from sg4v_ray.inference.engine import Request as EngineRequest
 
 _log = logging.getLogger(__name__)
+_PROBE_S: Final = 20.0
+"""Longer than a busy engine takes for a token, shorter than probes of clusters wait."""
 _JSON: Final = "application/json"
 _CLIENT_CLOSED: Final = 499
 """What nginx and Serve call a request whose client went away."""
@@ -48,6 +52,9 @@ class Backend(Protocol):
 
     async def complete(self, model_id: str, job: Job) -> Piece:
         """Return an answer whole."""
+
+    async def ready(self) -> dict[str, bool]:
+        """Say of each model whether something runs that would answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,9 @@ class Routes:
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
         app.add_api_route("/v1/captions", self.captions, methods=["POST"], response_model=None)
         app.add_api_route("/openapi.json", self.openapi, methods=["GET"])
+        app.add_api_route("/health/live", self.live, methods=["GET"])
+        app.add_api_route("/health/ready", self.ready, methods=["GET"], response_model=None)
+        app.add_api_route("/health/deep", self.deep, methods=["GET"], response_model=None)
         app.add_exception_handler(ApiError, _on_api_error)
         app.add_exception_handler(HTTPException, _on_http_error)
         app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -104,6 +114,29 @@ class Routes:
     async def model(self, model_id: str) -> dict[str, Any]:
         """GET /v1/models/{id}."""
         return self._entry(model_id).card()
+
+    async def live(self) -> dict[str, Any]:
+        """GET /health/live: this process answers."""
+        return {"status": "ok"}
+
+    async def ready(self) -> Response:
+        """GET /health/ready: every model has a replica that runs."""
+        return _health(await self._backend.ready())
+
+    async def deep(self) -> Response:
+        """GET /health/deep: every model makes a token now."""
+        found = await asyncio.gather(*(self._makes_a_token(one) for one in self._entries.values()))
+        return _health(dict(zip(self._entries, found, strict=True)))
+
+    async def _makes_a_token(self, entry: Entry) -> bool:
+        ids = (entry.model.conversation.bos_token_id,)
+        probe = EngineRequest(token_ids=ids, images=(), generation=Generation(max_tokens=1))
+        try:
+            async with asyncio.timeout(_PROBE_S):
+                await self._backend.complete(entry.model.config.id, Job(probe, (), 1))
+        except (ApiError, TimeoutError):
+            return False
+        return True
 
     async def openapi(self) -> dict[str, Any]:
         """GET /openapi.json."""
@@ -218,6 +251,14 @@ async def read_body(http: Request, *, max_bytes: int, kinds: tuple[str, ...] = (
         if len(body) > max_bytes:
             raise too_large
     return bytes(body)
+
+
+def _health(models: Mapping[str, bool]) -> Response:
+    """Return 200 if all are well, else 503, with what is said of each."""
+    is_well = all(models.values())
+    body = {"status": "ok" if is_well else "unavailable", "models": dict(models)}
+    headers = {} if is_well else {"retry-after": "1"}
+    return JSONResponse(body, 200 if is_well else 503, headers)
 
 
 async def _all(asked: Sequence[Coroutine[Any, Any, Piece]]) -> list[Piece]:

@@ -45,7 +45,7 @@ class InProcess:
     def __init__(self, folder: Path, model: ChatModel) -> None:
         self.engine, self.jobs = FakeEngine(ENGINE, folder), []  # type: ignore[var-annotated]
         self.refuses: int | None = None
-        self._model = model
+        self._model, self.is_ready = model, True
 
     async def stream(self, model_id: str, job: Job) -> AsyncGenerator[Piece, None]:
         await self.engine.start()
@@ -53,6 +53,9 @@ class InProcess:
         async with aclosing(found) as opened:
             async for piece in opened:
                 yield piece
+
+    async def ready(self) -> dict[str, bool]:
+        return {"chat": self.is_ready}
 
     async def complete(self, model_id: str, job: Job) -> Piece:
         self.jobs.append(job)

@@ -49,7 +49,7 @@ class InProcess:
         self.engine = FakeEngine(ENGINE, folder)
         self.error: Exception | None = None
         self.refusal: ApiError | None = None
-        self._model = model
+        self._model, self.is_ready = model, True
 
     async def stream(self, model_id: str, job: Job) -> AsyncGenerator[Piece, None]:
         if self.refusal is not None:
@@ -61,6 +61,9 @@ class InProcess:
                 yield piece
                 if self.error is not None:
                     raise self.error
+
+    async def ready(self) -> dict[str, bool]:
+        return {"chat": self.is_ready}
 
     async def complete(self, model_id: str, job: Job) -> Piece:
         found = [piece async for piece in self.stream(model_id, job)]
@@ -187,3 +190,19 @@ def test_other_paths_answer_in_the_same_shape(
     response = client.request(method, path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_health_tells_a_living_process_from_models_that_run_and_models_that_answer(
+    client: TestClient, backend: InProcess
+) -> None:
+    backend.is_ready = True
+    for kind in ("live", "ready", "deep"):
+        assert client.get(f"/health/{kind}").status_code == 200
+    backend.is_ready = False
+    backend.refusal = ApiError(503, "full", retry_after_s=1)
+    assert client.get("/health/live").status_code == 200
+    for kind in ("ready", "deep"):
+        found = client.get(f"/health/{kind}")
+        assert (found.status_code, found.headers["retry-after"]) == (503, "1")
+        assert found.json() == {"status": "unavailable", "models": {"chat": False}}
+    backend.is_ready, backend.refusal = True, None

@@ -139,6 +139,15 @@ def test_a_key_gets_its_quota_and_is_told_when_to_come_back(server: "Server") ->
     assert server.client.models.list().data, "other keys go on"
 
 
+def test_health_is_asked_with_a_key_for_figures(server: "Server") -> None:
+    headers = {"authorization": f"Bearer {READER}"}
+    for kind in ("live", "ready", "deep"):
+        found = httpx.get(f"{server.url}/health/{kind}", headers=headers, timeout=WAIT_S)
+        assert found.status_code == 200, found.text
+    assert found.json()["models"] == {"captioner": True, "slow": True}
+    assert httpx.get(f"{server.url}/health/live", headers=AUTH).status_code == 403
+
+
 def test_a_key_for_figures_asks_no_model(server: "Server") -> None:
     with pytest.raises(openai.PermissionDeniedError, match="no scope 'inference'"):
         server.client.with_options(api_key=READER).models.list()
