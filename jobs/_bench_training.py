@@ -48,6 +48,7 @@ def stage(steps: int) -> StageConfig:
     return replace(
         pretrain(vision_from_block=MODEL.vision_layers // 2),
         learning_rate=1e-3,
+        spike_factor=None,  # the bare script leaves no step out
         global_batch=2,
         micro_batch=2,
         max_steps=steps,
