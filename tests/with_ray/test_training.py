@@ -4,6 +4,7 @@
 `reference` is the run that nothing happened to. test_training_loop.py holds what one process shows.
 """
 
+import contextlib
 import random
 import subprocess
 import threading
@@ -113,9 +114,12 @@ def test_three_killed_workers_and_three_killed_drivers_leave_the_weights_to_the_
 
 def _loaders() -> list[psutil.Process]:
     """The loader processes of this test's own Ray cluster."""
-    below = psutil.Process().children(recursive=True)
-    servers = {one.pid for one in below if "multiprocessing.forkserver" in " ".join(one.cmdline())}
-    return [one for one in below if one.ppid() in servers]
+    found = {}
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ends, or has ended, while we look
+            found[one] = (" ".join(one.cmdline()), one.ppid())
+    servers = {one.pid for one, (line, _) in found.items() if "multiprocessing.forkserver" in line}
+    return [one for one, (_, parent) in found.items() if parent in servers]
 
 
 @pytest.mark.soak
