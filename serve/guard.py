@@ -80,9 +80,14 @@ class Guard:
             await _answer(error)(scope, receive, sending)
             return
         scope.setdefault("state", {})[VISIT] = visit
-        await self._app(scope, receive, sending)
-        # Set by the router: the path as it is declared.
-        visit.route = getattr(scope.get("route"), "path", visit.route)
+        try:
+            await self._app(scope, receive, sending)
+        except Exception:  # answered further out, where every bug is
+            visit.status, visit.is_whole = 500, True
+            raise
+        finally:
+            # Set by the router: the path as it is declared.
+            visit.route = getattr(scope.get("route"), "path", visit.route)
 
     def _key(self, scope: Scope) -> Key | None:
         if self._ring is None:

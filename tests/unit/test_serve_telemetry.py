@@ -4,6 +4,7 @@
 import asyncio
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,19 @@ def test_a_client_that_does_not_wait_for_the_end_is_499(app: Guard, recorder: Re
     asyncio.run(call())
     (visit,) = recorder.visits
     assert line(visit)["status"] == 499
+
+
+def test_a_bug_is_told_as_one(tiny_model: Path, recorder: Recorder) -> None:
+    model = ChatModel.open(DEPLOYMENT, tiny_model)
+    backend = InProcess(tiny_model, model)
+    backend.stream = None  # type: ignore[assignment, method-assign]
+    app = Routes({"captioner": Entry(model, 5, "0123")}, backend, LIMITS).app()
+    app.add_middleware(partial(Guard, ring=None, desk=Books(), telemetry=recorder))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        found = client.post("/v1/captions", json={"images": [uri("teal")]})
+    assert found.status_code == 500
+    (visit,) = recorder.visits
+    assert (status_of(visit), visit.route) == (500, "/v1/captions")
 
 
 def test_what_found_no_room_costs_its_key_nothing() -> None:
