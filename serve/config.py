@@ -17,7 +17,9 @@ from serve.keys import KeyRing
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.config import load
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.images import ImageLimits
+from sg4v_ray.core.retry import RetryPolicy
 from sg4v_ray.core.storage import check_root
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
@@ -33,7 +35,7 @@ _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COUNTS = (
     *("max_body_bytes", "max_images", "max_caption_images", "max_messages", "timeout_s"),
-    "decode_threads",
+    *("decode_threads", "fetch_timeout_s"),
 )
 _ARGUMENTS = ("config", "root", "cache")
 
@@ -50,6 +52,12 @@ class Limits:
     """Of each image. Smaller than in batch jobs: many requests are decoded at once."""
     max_images: int = 1
     """Images of a request, over all its messages. The models are trained on one."""
+    allowed_media_domains: tuple[str, ...] = ()
+    """Hosts that images may be fetched from over http(s), ports 80 and 443; `.example.org` also
+    allows every host below it. None by default: images come as `data:` URIs. What resolves to an
+    address that is not public is refused, and each redirect is checked the same."""
+    fetch_timeout_s: float = 10.0
+    """For one image, redirects included."""
     max_caption_images: int = 16
     """Images of one call of /v1/captions; each is a request of its own to the model."""
     max_messages: int = 64
@@ -62,6 +70,22 @@ class Limits:
         for name in _COUNTS:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"limits.{name} must be above 0, got {getattr(self, name)}")
+        if "*" in self.allowed_media_domains:
+            raise ConfigError(
+                "limits.allowed_media_domains has '*'; name the hosts that strangers may have "
+                "fetched from inside your network"
+            )
+        self.fetching()
+
+    def fetching(self) -> FetchConfig:
+        """Return how images are fetched."""
+        return FetchConfig(
+            allow_hosts=self.allowed_media_domains,
+            allow_ports=(80, 443),
+            timeout_s=self.fetch_timeout_s,
+            max_redirects=3,
+            retry=RetryPolicy(max_tries=1),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,9 +7,10 @@ Plain functions, CPU work only; the ingress runs them in threads so that its eve
 import base64
 import binascii
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from serve.config import Limits, ModelDeployment
@@ -59,15 +60,42 @@ class ChatModel:
         return cls(config, Conversation.open(folder, config.template), rules)
 
 
-def to_request(body: ChatRequest, *, model: ChatModel, limits: Limits) -> Job:
+def media_urls(body: ChatRequest, limits: Limits) -> list[str]:
+    """Return the addresses of images that are to be fetched, where the server fetches any.
+
+    Raises:
+        ApiError: 400, there are more images than it takes.
+    """
+    if not limits.allowed_media_domains:
+        return []
+    found = _image_urls(body.messages, limits)
+    return [url for _, url in found if url.partition(":")[0].lower() in ("http", "https")]
+
+
+def to_request(
+    body: ChatRequest,
+    *,
+    model: ChatModel,
+    limits: Limits,
+    fetched: Mapping[str, bytes | Rejected] = MappingProxyType({}),
+) -> Job:
     """Turn a chat body into a job.
+
+    Args:
+        body: the request.
+        model: whom it asks.
+        limits: of one request.
+        fetched: what was found at `media_urls`.
 
     Raises:
         ApiError: the messages are no conversation, an image is refused, or the prompt is too long.
     """
     if len(body.messages) > limits.max_messages:
         raise bad_request(f"more than {limits.max_messages} messages", param="messages")
-    images = [_pixels(url, model, limits.image) for url in _image_urls(body.messages, limits)]
+    images = [
+        _pixels(_bytes_of(url, where, limits, fetched), where, model, limits.image)
+        for where, url in _image_urls(body.messages, limits)
+    ]
     prompt = _prompt(body.messages, num_images=len(images), model=model)
     num_prompt_tokens = len(prompt.token_ids) + len(images) * (model.rules.num_image_tokens - 1)
     how = _generation(body, model=model, num_prompt_tokens=num_prompt_tokens)
@@ -94,9 +122,21 @@ def _image_urls(messages: Sequence[Message], limits: Limits) -> list[tuple[str, 
     return found
 
 
-def _pixels(found: tuple[str, str], model: ChatModel, limits: ImageLimits) -> Pixels:
-    where, url = found
-    image = open_image(_decode_uri(url, where, limits), limits)
+def _bytes_of(
+    url: str, where: str, limits: Limits, fetched: Mapping[str, bytes | Rejected]
+) -> bytes:
+    found = fetched.get(url)
+    if found is None:
+        return _decode_uri(url, where, limits)
+    if isinstance(found, Rejected):
+        # Nothing of what was met inside the network: neither addresses nor answers.
+        text = _NOT_FETCHED.get(found.reason, "the image could not be fetched")
+        raise bad_request(f"{where}: {text}", param=where, code="invalid_image_url")
+    return found
+
+
+def _pixels(data: bytes, where: str, model: ChatModel, limits: ImageLimits) -> Pixels:
+    image = open_image(data, limits)
     if isinstance(image, Rejected):
         # The detail holds the decoder's own words, which are not for strangers.
         text = _REFUSED.get(image.reason, "the image is broken").format(
@@ -109,6 +149,11 @@ def _pixels(found: tuple[str, str], model: ChatModel, limits: ImageLimits) -> Pi
 _MAX_CHARACTERS_A_TOKEN: Final = 32
 """Above the longest token of Llama's vocabulary (16 spaces): what is refused by it could not fit,
 and is refused before it is tokenised."""
+_NOT_FETCHED = {
+    Reject.HOST_NOT_ALLOWED: "this server fetches no image from there",
+    Reject.TOO_MANY_BYTES: "the image has more bytes than this server takes",
+    Reject.TIMED_OUT: "the image did not come in time",
+}
 _REFUSED = {
     Reject.EMPTY_FILE: "the image has 0 bytes",
     Reject.NOT_AN_IMAGE: "this is not an image; send {formats}",
@@ -119,14 +164,15 @@ _REFUSED = {
 }
 
 
-def _decode_uri(url: str, where: str, limits: ImageLimits) -> bytes:
+def _decode_uri(url: str, where: str, allowed: Limits) -> bytes:
     """Return the bytes of a data: URI; its media type is not trusted, so it is not read."""
+    limits = allowed.image
     head, comma, data = url.partition(",")
     scheme, _, rest = head.partition(":")
     if scheme.lower() != "data" or not comma or rest.split(";")[-1].strip().lower() != "base64":
+        also = "or from allowed hosts" if allowed.allowed_media_domains else "only"
         raise bad_request(
-            f"{where}: images are accepted as data: URIs only "
-            "(data:image/png;base64,...); this server fetches no addresses",
+            f"{where}: images are accepted as data: URIs {also} (data:image/png;base64,...)",
             param=where,
             code="invalid_image_url",
         )

@@ -31,12 +31,16 @@ from serve.captions import (
 from serve.config import Limits
 from serve.openapi import document
 from serve.protocol import ApiError, ChatRequest
-from serve.request import ChatModel, Job, to_request
+from serve.request import ChatModel, Job, media_urls, to_request
 from serve.visit import Visit, visit_of
+from sg4v_ray.core.fetch import Fetcher
+from sg4v_ray.core.images import Rejected
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.engine import Request as EngineRequest
 
 _log = logging.getLogger(__name__)
+Fetched = Mapping[str, bytes | Rejected]
+"""What was found at each address of an image."""
 _PROBE_S: Final = 20.0
 """Longer than a busy engine takes for a token, shorter than probes of clusters wait."""
 _JSON: Final = "application/json"
@@ -87,6 +91,7 @@ class Routes:
 
     def __init__(self, entries: Mapping[str, Entry], backend: Backend, limits: Limits) -> None:
         self._entries, self._backend, self._limits = entries, backend, limits
+        self._fetcher: Fetcher | None = None
         self._document = document(metadata.version("sg4v-ray"))
         self._pool = ThreadPoolExecutor(limits.decode_threads, thread_name_prefix="decode")
 
@@ -147,7 +152,9 @@ class Routes:
         data = await read_body(http, max_bytes=self._limits.max_body_bytes)
         loop = asyncio.get_running_loop()
         visit, began = visit_of(http.state), time.monotonic()
-        body, entry, job = await loop.run_in_executor(self._pool, self._prepare, data)
+        body = await loop.run_in_executor(self._pool, protocol.parse, data)
+        fetched = await self._fetched([body], visit)
+        entry, job = await loop.run_in_executor(self._pool, self._prepare, body, fetched)
         visit.prepare_s = time.monotonic() - began
         await _begin(visit, entry, [job])
         if body.stream:
@@ -176,7 +183,9 @@ class Routes:
             body = parse_json(data)
         loop = asyncio.get_running_loop()
         began = time.monotonic()
-        entry, jobs = await loop.run_in_executor(self._pool, self._prepare_captions, body)
+        entry, asked = self._captioner(body)
+        fetched = await self._fetched(asked, visit)
+        jobs = await loop.run_in_executor(self._pool, self._prepare_captions, entry, asked, fetched)
         visit.prepare_s = time.monotonic() - began
         await _begin(visit, entry, jobs)
         pieces = await _all([self._backend.complete(entry.model.config.id, job) for job in jobs])
@@ -184,7 +193,7 @@ class Routes:
         made = answer_of(entry.head(), jobs, pieces, body=body, model=entry.model)
         return JSONResponse(made)
 
-    def _prepare_captions(self, body: CaptionRequest) -> tuple[Entry, list[Job]]:
+    def _captioner(self, body: CaptionRequest) -> tuple[Entry, list[ChatRequest]]:
         most = self._limits.max_caption_images
         if len(body.images) > most:
             raise protocol.bad_request(
@@ -193,18 +202,35 @@ class Routes:
             )
         asked = {name: one.model.config.instruction for name, one in self._entries.items()}
         entry = self._entry(pick(body.model, asked))
+        return entry, chats(body, entry.model.config.id)
+
+    def _prepare_captions(
+        self, entry: Entry, asked: Sequence[ChatRequest], fetched: Fetched
+    ) -> list[Job]:
         jobs = []
-        for index, chat in enumerate(chats(body, entry.model.config.id)):
+        for index, chat in enumerate(asked):
             try:
-                jobs.append(to_request(chat, model=entry.model, limits=self._limits))
+                job = to_request(chat, model=entry.model, limits=self._limits, fetched=fetched)
             except ApiError as error:
                 raise error.about(f"images.{index}") from None
-        return entry, jobs
+            jobs.append(job)
+        return jobs
 
-    def _prepare(self, data: bytes) -> tuple[ChatRequest, Entry, Job]:
-        body = protocol.parse(data)
+    async def _fetched(self, bodies: Sequence[ChatRequest], visit: Visit) -> Fetched:
+        """Return what lies at the addresses of images, where this server fetches any."""
+        urls = list({url for body in bodies for url in media_urls(body, self._limits)})
+        if not urls:
+            return {}
+        if self._fetcher is None:
+            self._fetcher = Fetcher(self._limits.fetching())
+        most = self._limits.image.max_bytes
+        found = await asyncio.gather(*(self._fetcher.get(url, max_bytes=most) for url in urls))
+        visit.fetched = len(urls)
+        return dict(zip(urls, found, strict=True))
+
+    def _prepare(self, body: ChatRequest, fetched: Fetched) -> tuple[Entry, Job]:
         entry = self._entry(body.model)
-        return body, entry, to_request(body, model=entry.model, limits=self._limits)
+        return entry, to_request(body, model=entry.model, limits=self._limits, fetched=fetched)
 
     def _entry(self, model_id: str) -> Entry:
         if model_id not in self._entries:

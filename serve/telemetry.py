@@ -109,8 +109,9 @@ class RayTelemetry(LogOnly):
         for counter, amount in ((self._prompt, visit.prompt_tokens), (self._made, visit.made)):
             if amount:
                 counter.inc(amount, model)
-        if visit.images:
-            self._images.inc(visit.images, {"source": "data"})
+        for source, images in (("url", visit.fetched), ("data", visit.images - visit.fetched)):
+            if images > 0:
+                self._images.inc(images, {"source": source})
         if visit.prepare_s:
             self._decode.observe(visit.prepare_s)
         if visit.first_token_s is not None:

@@ -46,6 +46,8 @@ class Visit:
     """The path as it is declared, so that labels are few."""
     model: str = ""
     images: int = 0
+    fetched: int = 0
+    """Of the images, those that came from an address."""
     prompt_tokens: int = 0
     made: int = 0
     """Tokens of the answer so far."""

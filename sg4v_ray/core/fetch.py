@@ -26,6 +26,9 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _GONE: Final = frozenset({404, 410})
 _BUSY: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _PUBLIC_V6: Final = ipaddress.ip_network("2000::/3")
+_SPECIAL_V4: Final = ipaddress.ip_network("192.0.0.0/24")
+"""IANA's special purposes; in it lies the metadata service of one cloud. Python 3.11 has it global
+but for its first eight addresses."""
 _TUNNELS_V6: Final = (ipaddress.ip_network("2001::/32"), ipaddress.ip_network("2002::/16"))
 
 
@@ -38,6 +41,8 @@ class FetchConfig:
     allowed by default, so a URL in an index is a decision of yours."""
     allow_private_hosts: tuple[str, ...] = ()
     """Host names that may resolve to private addresses: mirrors inside your own network."""
+    allow_ports: tuple[int, ...] = ()
+    """Ports that may be asked; none named allows any."""
     timeout_s: float = 30.0
     """For one image, redirects included, retries not."""
     max_redirects: int = 5
@@ -117,7 +122,7 @@ class Fetcher:
     async def _follow(self, url: str, max_bytes: int) -> bytes:
         here = self._checked(url)
         for _ in range(self._config.max_redirects + 1):
-            body, target = await self._one(str(here), max_bytes)
+            body, target = await self._one(here, max_bytes)
             if target is None:
                 return body
             here = self._checked(target, here)
@@ -131,20 +136,31 @@ class Fetcher:
             raise _Refused(Reject.HOST_NOT_ALLOWED, f"no URL ({error}): {url}") from error
         if found.scheme not in ("http", "https") or not found.host:
             raise _Refused(Reject.HOST_NOT_ALLOWED, f"not an http(s) URL: {found}")
+        if found.userinfo or "\\" in url:  # read by others as another host than by us
+            raise _Refused(Reject.HOST_NOT_ALLOWED, "a URL with a user or a backslash in it")
+        port = {"http": 80, "https": 443}[found.scheme] if found.port is None else found.port
+        if not 0 < port < 65_536:
+            raise _Refused(Reject.HTTP_ERROR, f"no host has a port {port}: {found}")
+        if self._config.allow_ports and port not in self._config.allow_ports:
+            raise _Refused(Reject.HOST_NOT_ALLOWED, f"port {port} is not in allow_ports")
         allowed = (*self._config.allow_hosts, *self._config.allow_private_hosts)
         if not _on_list(found.host, allowed):
             detail = f"{found.host} is not in allow_hosts; add it, or '*' for every public host"
             raise _Refused(Reject.HOST_NOT_ALLOWED, detail)
         return found
 
-    async def _one(self, url: str, max_bytes: int) -> tuple[bytes, str | None]:
+    async def _one(self, url: httpx.URL, max_bytes: int) -> tuple[bytes, str | None]:
         """Return a body, or where a redirect leads."""
+        # Its parts, not its text: that would be parsed again, by another parser than was checked.
+        place = httpcore.URL(
+            scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
+        )
         headers: list[tuple[bytes | str, bytes | str]] = [
             ("Accept", "image/*"),
             ("Accept-Encoding", "identity"),
             ("User-Agent", "sg4v-ray"),
         ]
-        async with self._pool.stream("GET", url, headers=headers) as answer:
+        async with self._pool.stream("GET", place, headers=headers) as answer:
             given = {key.lower(): value.decode("latin-1") for key, value in answer.headers}
             if answer.status in _REDIRECTS and b"location" in given:
                 return b"", given[b"location"]
@@ -216,7 +232,7 @@ def is_public(address: str) -> bool:
         ip not in _PUBLIC_V6 or any(ip in one for one in _TUNNELS_V6)
     ):
         return False
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and ip not in _SPECIAL_V4
 
 
 def _on_list(host: str, allowed: tuple[str, ...]) -> bool:

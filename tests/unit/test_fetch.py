@@ -179,6 +179,7 @@ def test_a_host_below_an_allowed_domain(site: Site) -> None:
         ("127.0.0.1", False),
         ("10.1.2.3", False),
         ("169.254.169.254", False),  # cloud metadata
+        ("192.0.0.192", False),  # cloud metadata
         ("100.64.0.1", False),
         ("0.0.0.0", False),
         ("224.0.0.1", False),
