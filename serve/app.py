@@ -32,6 +32,7 @@ def build(args: dict[str, str]) -> Application:
 
 def application(config: ServeConfig) -> Application:
     """Return the application of a config."""
+    config.auth.ring()  # said here, and not by a replica in a loop
     models = tuple(served(one) for one in config.models)
     handles = {
         one.config.id: serve.deployment(**model_options(one.config, config.limits))(Replica).bind(

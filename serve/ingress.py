@@ -2,6 +2,7 @@
 """The deployment that answers HTTP and hands jobs to the models' replicas."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,8 @@ from sg4v_ray.core.errors import EngineError
 _FILES: Final = ("config.json", "tokenizer.json")
 """What the ingress needs of a model; it never downloads weights."""
 _RETRY_AFTER_S: Final = 1
+_UNAVAILABLE: Final = "unavailable"
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -41,7 +44,7 @@ def as_api_errors() -> Iterator[None]:
         ) from None  # fmt: skip
     except (DeploymentUnavailableError, RayActorError, EngineError) as error:
         raise ApiError(
-            503, "the model stopped and is started again; try again", code="unavailable",
+            503, "the model stopped and is started again; try again", code=_UNAVAILABLE,
             retry_after_s=_RETRY_AFTER_S,
         ) from error  # fmt: skip
     except TimeoutError:
@@ -60,18 +63,40 @@ class Handles:
         }
 
     async def stream(self, model_id: str, job: Job) -> AsyncGenerator[Piece, None]:
-        """Yield an answer; closing this iterator aborts it in the engine."""
-        pieces = self._pieces[model_id].remote(job)
-        try:
-            with as_api_errors():
-                async for piece in pieces:
-                    yield piece
-        except (GeneratorExit, asyncio.CancelledError):
-            pieces.cancel()  # of a request that failed by itself, this would raise its error again
-            raise
+        """Yield an answer; closing this iterator aborts it in the engine.
+
+        An engine that dies before its first piece is noticed by nobody: another replica is asked.
+        """
+        for is_last in (False, True):
+            pieces, has_begun = self._pieces[model_id].remote(job), False
+            try:
+                with as_api_errors():
+                    async for piece in pieces:
+                        has_begun = True
+                        yield piece
+                return
+            except (GeneratorExit, asyncio.CancelledError):
+                pieces.cancel()  # of a request that failed by itself, this would raise its error
+                raise
+            except ApiError as error:
+                if is_last or has_begun or error.code != _UNAVAILABLE:
+                    raise
+                _log.warning("%s is asked again: %s", model_id, error)
 
     async def complete(self, model_id: str, job: Job) -> Piece:
-        """Return an answer whole; cancelling this aborts it in the engine."""
+        """Return an answer whole; cancelling this aborts it in the engine.
+
+        If the engine dies, another replica is asked once.
+        """
+        try:
+            return await self._once(model_id, job)
+        except ApiError as error:
+            if error.code != _UNAVAILABLE:
+                raise
+            _log.warning("%s is asked again: %s", model_id, error)
+            return await self._once(model_id, job)
+
+    async def _once(self, model_id: str, job: Job) -> Piece:
         response = self._whole[model_id].remote(job)
         try:
             with as_api_errors():
