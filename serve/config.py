@@ -35,7 +35,7 @@ _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COUNTS = (
     *("max_body_bytes", "max_images", "max_caption_images", "max_messages", "timeout_s"),
-    *("decode_threads", "fetch_timeout_s"),
+    *("decode_threads", "fetch_timeout_s", "body_timeout_s"),
 )
 _ARGUMENTS = ("config", "root", "cache")
 
@@ -46,6 +46,8 @@ class Limits:
 
     max_body_bytes: int = 16 * 2**20
     """Bytes of a request body, counted as they arrive."""
+    body_timeout_s: float = 60.0
+    """How long a body may take to arrive: a client that sends a byte now and then holds a place."""
     image: ImageLimits = field(
         default_factory=lambda: ImageLimits(max_bytes=10 * 2**20, max_pixels=40_000_000)
     )

@@ -19,6 +19,7 @@ _REASONS: Final[Mapping[str, str]] = {
     "401": "No valid API key.",
     "403": "The key has not the scope.",
     "404": "No such path or model.",
+    "408": "The body took too long.",
     "413": "The body is too large.",
     "415": "The body is of another content type.",
     "429": "The key's quota is used; Retry-After says for how long.",

@@ -149,7 +149,7 @@ class Routes:
 
     async def chat(self, http: Request) -> Response:
         """POST /v1/chat/completions."""
-        data = await read_body(http, max_bytes=self._limits.max_body_bytes)
+        data = await read_body(http, self._limits)
         loop = asyncio.get_running_loop()
         visit, began = visit_of(http.state), time.monotonic()
         body = await loop.run_in_executor(self._pool, protocol.parse, data)
@@ -173,7 +173,7 @@ class Routes:
         """POST /v1/captions."""
         limits = self._limits
         kinds = (_JSON, MULTIPART)
-        data = await read_body(http, max_bytes=limits.max_body_bytes, kinds=kinds)
+        data = await read_body(http, limits, kinds=kinds)
         sent, visit = http.headers["content-type"], visit_of(http.state)
         if sent.lower().startswith(MULTIPART):
             if visit.key is None and "origin" in http.headers:
@@ -257,25 +257,33 @@ class Routes:
         )
 
 
-async def read_body(http: Request, *, max_bytes: int, kinds: tuple[str, ...] = (_JSON,)) -> bytes:
+async def read_body(http: Request, limits: Limits, *, kinds: tuple[str, ...] = (_JSON,)) -> bytes:
     """Read a body, counting the bytes that arrive and not those that were announced.
 
     Raises:
-        ApiError: 413, it is too large; 415, it is declared to be of another kind. A web page of
-            somebody else can send forms without asking, but no JSON, and no key.
+        ApiError: 408, it did not come in time; 413, it is too large; 415, it is declared to be of
+            another kind. A web page of somebody else can send forms without asking, but no JSON,
+            and no key.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in kinds:
         raise ApiError(415, f"the body must have the content type {' or '.join(kinds)}")
+    max_bytes = limits.max_body_bytes
     too_large = ApiError(413, f"the body has more than {max_bytes} bytes", code="body_too_large")
     announced = http.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise too_large
     body = bytearray()
-    async for data in http.stream():
-        body += data
-        if len(body) > max_bytes:
-            raise too_large
+    try:
+        async with asyncio.timeout(limits.body_timeout_s):
+            async for data in http.stream():
+                body += data
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(
+            408, f"the body took longer than {limits.body_timeout_s:g} s", code="body_too_slow"
+        ) from None
     return bytes(body)
 
 

@@ -4,6 +4,7 @@
 import asyncio
 import json
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,32 @@ def test_a_client_that_does_not_wait_for_the_end_is_499(app: Guard, recorder: Re
     asyncio.run(call())
     (visit,) = recorder.visits
     assert line(visit)["status"] == 499
+
+
+def test_a_body_that_does_not_come_is_408(tiny_model: Path, recorder: Recorder) -> None:
+    async def call() -> list[Any]:
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/captions", "query_string": b"",
+            "headers": [(b"content-type", b"application/json")], "state": {},
+        }  # fmt: skip
+        said, first = [], [{"type": "http.request", "body": b"{", "more_body": True}]
+
+        async def receive() -> Any:
+            return first.pop(0) if first else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        await guard(scope, receive, send)
+        return said
+
+    model = ChatModel.open(DEPLOYMENT, tiny_model)
+    slow = replace(LIMITS, body_timeout_s=0.05)
+    routes = Routes({"captioner": Entry(model, 5, "0123")}, InProcess(tiny_model, model), slow)
+    guard = Guard(routes.app(), ring=None, desk=Books(), telemetry=recorder)
+    said = asyncio.run(call())
+    assert said[0]["status"] == 408
+    assert b"body_too_slow" in said[1]["body"]
 
 
 def test_a_bug_is_told_as_one(tiny_model: Path, recorder: Recorder) -> None:
