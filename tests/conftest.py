@@ -8,8 +8,13 @@ from pathlib import Path
 
 import boto3
 import pytest
+from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# How long a case takes says nothing about it: the machine may be busy.
+settings.register_profile("sg4v", deadline=None)
+settings.load_profile("sg4v")
 
 
 @pytest.fixture(scope="session")

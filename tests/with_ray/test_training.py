@@ -113,13 +113,13 @@ def test_three_killed_workers_and_three_killed_drivers_leave_the_weights_to_the_
 
 
 def _loaders() -> list[psutil.Process]:
-    """The loader processes of this test's own Ray cluster."""
-    found = {}
+    """The loader processes of this test's own Ray cluster, as torch names them."""
+    found = []
     for one in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it ends, or has ended, while we look
-            found[one] = (" ".join(one.cmdline()), one.ppid())
-    servers = {one.pid for one, (line, _) in found.items() if "multiprocessing.forkserver" in line}
-    return [one for one, (_, parent) in found.items() if parent in servers]
+            if one.name() == "pt_data_worker" and one.status() != psutil.STATUS_ZOMBIE:
+                found.append(one)
+    return found
 
 
 @pytest.mark.soak
