@@ -79,7 +79,7 @@ show-teacher: .venv/installed  ## what is claimed about teacher captions (about 
 	$(MAKE) check
 	$(RUN) pytest -m teacher
 
-show-training: .venv/installed  ## what is claimed about training, weights and estimates (about 80 minutes)
+show-training: .venv/installed  ## what is claimed about training, weights and estimates
 	$(MAKE) check
 	$(RUN) pytest -m training
 	$(RUN) jobs.bench_training --root $(ROOT)/bench-training

@@ -11,6 +11,7 @@ from typing import Final, Literal
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.storage import Storage, check_root
 
+TrackerKind = Literal["tensorboard", "wandb", "none"]
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _UNITS_S: Final = (86_400, 3_600, 60, 1)
 
@@ -70,7 +71,7 @@ class Where:
     step_deadline: str = "30m"
     """How long one training step may take. After that a process waits for another that is gone:
     it writes where it stands, ends, and Ray starts all from the last checkpoint."""
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    tracker: TrackerKind = "tensorboard"
     """Where a training run's curves go: TensorBoard files in the model's artifact, or Weights &
     Biases (WANDB_API_KEY, WANDB_MODE and the like in the environment of the workers)."""
     finish_by: str | None = None

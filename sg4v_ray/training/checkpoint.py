@@ -14,11 +14,10 @@ import math
 import tempfile
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypeVar, cast
+from typing import Any, Final, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -32,9 +31,9 @@ from sg4v_ray.core.lease import refuse_overtaken
 from sg4v_ray.core.storage import Storage, is_local, local_path, sha256_of
 from sg4v_ray.training.fragments import KINDS, Piece, inner_optimizer, is_whole, pieces, restore
 from sg4v_ray.training.progress import Progress
+from sg4v_ray.training.ranks import from_first, gather
 from sg4v_ray.training.room import check_room
 
-T = TypeVar("T")
 State: TypeAlias = dict[tuple[str, str], Tensor]
 """(numel,) by kind and parameter name."""
 _log = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run, on one rank. All ranks call its methods together."""
 
-    def __init__(self, home: Storage, engine: Any, *, attempt: int | None = None) -> None:
+    def __init__(self, home: Storage, engine: Any, *, attempt: int) -> None:
         """Look where DeepSpeed keeps its state; `attempt` is the number of the driver's lease."""
         self._attempt = attempt
         self._home, self._engine = home, engine
@@ -97,7 +96,7 @@ class Checkpoints:
             StorageError: the one before could not be written, or there is no room for this one.
         """
         self.finish()
-        name = _from_first(lambda: f"{progress.step:08d}-{uuid.uuid4().hex[:8]}")
+        name = from_first(lambda: f"{progress.step:08d}-{uuid.uuid4().hex[:8]}")
         optimizer = inner_optimizer(self._engine)
         writes = dist.get_rank() == 0 or not is_whole(self._engine)
         copies = {
@@ -137,7 +136,7 @@ class Checkpoints:
         if self._writing is None:
             return
         (name, progress, written), self._writing = self._writing, None
-        gathered = _gather((written.result(), self._my_parts() if written.result() else {}))
+        gathered = gather((written.result(), self._my_parts() if written.result() else {}))
         parts: dict[str, list[Part]] = defaultdict(list)
         for _, held in gathered:
             for parameter, part in held.items():
@@ -150,8 +149,7 @@ class Checkpoints:
                     "it is not completed; install the locked version of DeepSpeed"
                 )
         if dist.get_rank() == 0:
-            if self._attempt is not None:  # one that was overtaken would delete the other's
-                refuse_overtaken(self._home, self._attempt)
+            refuse_overtaken(self._home, self._attempt)  # else it would delete the other's
             record = Checkpoint(
                 name=name,
                 progress=progress,
@@ -196,9 +194,9 @@ class Checkpoints:
             CheckpointsDamaged: there are some, and none can be read.
         """
         damaged: list[str] = []
-        for name in _from_first(lambda: _complete(self._home))[skip:among]:
+        for name in from_first(lambda: _complete(self._home))[skip:among]:
             state, record, problem = self._try_to_read(name)
-            problems = [one for one in _gather(problem) if one is not None]
+            problems = [one for one in gather(problem) if one is not None]
             if problems or record is None:
                 if dist.get_rank() == 0:
                     _log.warning(
@@ -227,10 +225,10 @@ class Checkpoints:
         Raises:
             CheckpointsDamaged: its checkpoint is gone or not as it was written.
         """
-        start, names = f"{step:08d}", _from_first(lambda: _complete(self._home))
+        start, names = f"{step:08d}", from_first(lambda: _complete(self._home))
         name = next((one for one in names if one.startswith(start)), start)
         state, record, problem = self._try_to_read(name)
-        problems = [one for one in _gather(problem) if one is not None]
+        problems = [one for one in gather(problem) if one is not None]
         if problems or record is None:
             raise CheckpointsDamaged(
                 f"the best checkpoint, of step {step}, cannot be read ({problems[0]}); restore it "
@@ -359,16 +357,3 @@ def _best(home: Storage, names: list[str]) -> set[str]:
 
 def _file_of(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
-
-
-def _gather(mine: T) -> list[T]:
-    box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, mine)
-    return box
-
-
-def _from_first(make: Callable[[], T]) -> T:
-    """Call a function on rank 0 only and return its result on every rank."""
-    box: list[Any] = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return cast(T, box[0])

@@ -12,6 +12,7 @@ Source:
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -46,8 +47,10 @@ class Guard:
         """Say whether a step with this loss must not be applied."""
         if not math.isfinite(loss):
             return True
-        before = _applied(progress)[-_WINDOW:]
-        if self.spike_factor is None or len(before) < _FIRST:
+        if self.spike_factor is None:
+            return False
+        before = _last_applied(progress)
+        if len(before) < _FIRST:
             return False
         return loss > self.spike_factor * statistics.median(before)
 
@@ -100,6 +103,8 @@ def _wrong_in_a_row(progress: Progress) -> int:
     return count
 
 
-def _applied(progress: Progress) -> list[float]:
+def _last_applied(progress: Progress) -> list[float]:
+    """Return the losses of the last `_WINDOW` steps that were applied."""
     skipped = set(progress.skipped)
-    return [one for step, one in enumerate(progress.losses) if step not in skipped]
+    steps = (step for step in range(progress.step - 1, -1, -1) if step not in skipped)
+    return [progress.losses[step] for step in itertools.islice(steps, _WINDOW)]

@@ -9,12 +9,12 @@ from typing import Final
 
 from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.where import TrackerKind
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.loop import LASTING
 from sg4v_ray.training.plan import Lengths, Plan, total_steps, unknown_lengths
 from sg4v_ray.training.progress import Progress
-from sg4v_ray.training.tracker import TrackerKind
 
 OUTCOME: Final = "outcome.json"
 BY_NAME: Final = {one.__name__: one for one in LASTING}

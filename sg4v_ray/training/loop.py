@@ -27,6 +27,7 @@ from sg4v_ray.training.checkpoint import Checkpoints, CheckpointsDamaged
 from sg4v_ray.training.guard import Guard, TrainingDiverged, go_back
 from sg4v_ray.training.metrics import Metrics, Monitor, Pace, Work
 from sg4v_ray.training.progress import HeldOut, Progress
+from sg4v_ray.training.ranks import gather
 from sg4v_ray.training.schedule import SCALE, Schedule
 from sg4v_ray.training.signals import Word
 
@@ -106,15 +107,15 @@ def _train(loop: Loop) -> Progress:
         is_last = progress.step == plan.total_steps
         if loop.guard.must_go_back(progress):
             progress = go_back(loop.checkpoints, progress, loop.guard)
-        if _is_due(progress.step, loop.held_out_every_steps, is_last=is_last):
+        # After a wrong step the weights may be what is wrong: they take no place of earlier ones,
+        # and are no candidate for the best.
+        is_sound = made.is_applied or is_last
+        look_now = is_sound and _is_due(progress.step, loop.held_out_every_steps, is_last=is_last)
+        if look_now:
             looked = HeldOut(step=progress.step, loss=_held_out_loss(loop))
             progress = dataclasses.replace(progress, held_out=(*progress.held_out, looked))
-        # After a wrong step the weights may be what is wrong: they take no place of earlier ones.
-        must_save = _is_due(progress.step, loop.save_every_steps, is_last=is_last) and (
-            made.is_applied or is_last
-        )
-        looked_now = progress.held_out and progress.held_out[-1].step == progress.step
-        if loop.saves_best and looked_now and made.is_applied:
+        must_save = is_sound and _is_due(progress.step, loop.save_every_steps, is_last=is_last)
+        if loop.saves_best and look_now:
             must_save |= least(progress.held_out).step == progress.step
         must_hurry = False
         if is_time or is_last:
@@ -295,7 +296,5 @@ def _reasons(micro_batches: list[MicroBatch]) -> Counter[str]:
 
 def _with_reasons(progress: Progress, reasons: Counter[str]) -> Progress:
     """Add what every rank rejected since the last checkpoint, by reason."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, dict(reasons))
-    counts = sum((Counter(one) for one in gathered), Counter(progress.counts))
+    counts = sum((Counter(one) for one in gather(dict(reasons))), Counter(progress.counts))
     return dataclasses.replace(progress, counts=dict(counts))

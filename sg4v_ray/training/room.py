@@ -4,11 +4,9 @@
 import os
 import shutil
 import tempfile
-from typing import Any
-
-import torch.distributed as dist
 
 from sg4v_ray.core.errors import StorageError
+from sg4v_ray.training.ranks import gather
 
 
 def check_room(needed_bytes: int) -> None:
@@ -23,9 +21,7 @@ def check_room(needed_bytes: int) -> None:
         StorageError: it has not. Half of a checkpoint would be written before that shows.
     """
     place = (os.uname().nodename, tempfile.gettempdir())
-    needs: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(needs, (place, needed_bytes))
-    needed = sum(size for where, size in needs if where == place)
+    needed = sum(size for where, size in gather((place, needed_bytes)) if where == place)
     free = shutil.disk_usage(place[1]).free
     problem = None
     if needed > free:
@@ -34,7 +30,5 @@ def check_room(needed_bytes: int) -> None:
             f"{free / 1e9:.4g} GB free and needs {needed / 1e9:.4g} GB for the ranks of this "
             "node; make room, or set TMPDIR to a disk with more"
         )
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if first := next(filter(None, problems), None):
+    if first := next(filter(None, gather(problem)), None):
         raise StorageError(first)

@@ -9,13 +9,13 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.storage import STORAGE_ERRORS, Storage, is_local, local_path
+from sg4v_ray.core.where import TrackerKind
 from sg4v_ray.training.metrics import Metrics
 
-TrackerKind = Literal["tensorboard", "wandb", "none"]
 FOLDER: Final = "tensorboard"
 PROJECT: Final = "sg4v-ray"
 """Of Weights & Biases, unless WANDB_PROJECT names another."""

@@ -2,7 +2,6 @@
 """How many workers a training gets, how often they are started again, and what is said after."""
 
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.recipes.sharegpt4v import align
 from sg4v_ray.training import launch
-from sg4v_ray.training.config import PLACED, StageConfig
 
 pytestmark = pytest.mark.training
 
@@ -71,10 +69,6 @@ def test_workers_that_would_compute_nothing_are_named_with_what_keeps_them_busy(
     caplog.clear()
     launch._warn_of_idle_workers(align(), 8)
     assert not caplog.text
-
-
-def test_how_a_stage_fits_into_memory_is_no_part_of_what_it_is() -> None:
-    assert set(PLACED) <= {field.name for field in fields(StageConfig)}
 
 
 def test_the_cluster_must_hold_the_fewest_workers_and_not_the_most(

@@ -16,6 +16,7 @@ from sg4v_ray.training.checkpoint import CheckpointsDamaged
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.loop import train
 from sg4v_ray.training.progress import Progress
+from tests.with_ray.test_training_guard import spoil
 from tests.with_ray.test_training_loop import (
     SHORT,
     STEPS,
@@ -50,6 +51,13 @@ def name_of(run: Run, step: int) -> str:
     """Return the name of the checkpoint of a step."""
     (folder,) = Path(run.home.root, checkpoint.FOLDER).glob(f"{step:08d}-*")
     return folder.name
+
+
+def test_weights_after_a_wrong_step_are_no_candidate(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, {5}, float("nan"))  # the step before the look at 6
+    assert look_and_export(run, tmp_path, BEST, [3.0, 1.0, 2.0]) == 9, "looks at 3, 9 and 12"
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
@@ -107,7 +115,7 @@ def test_sharding_a_model_from_files_changes_no_bit_of_it(
 
 def test_a_checkpoint_for_which_the_temporary_disk_has_no_room_is_not_begun(run: Run) -> None:
     made = run.loop(SHORT, Listener())
-    bucket = checkpoint.Checkpoints(Storage("s3://never-asked/run"), made.engine)
+    bucket = checkpoint.Checkpoints(Storage("s3://never-asked/run"), made.engine, attempt=0)
     usage = shutil.disk_usage("/")._replace(free=200_000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage)
