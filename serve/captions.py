@@ -21,8 +21,10 @@ from serve.protocol import (
     ImageUrl,
     Message,
     TextPart,
+    as_list,
     bad_request,
     describe,
+    usage,
 )
 from serve.request import ChatModel, Job
 from sg4v_ray.captions.quality import QualityConfig, judge
@@ -34,17 +36,13 @@ _LONGEST_FIELD: Final = 64 * 1024
 _QUALITY: Final = QualityConfig()
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 class CaptionRequest(BaseModel):
     """The body of POST /v1/captions."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
-    images: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1, repr=False)
-    """`data:` URIs."""
+    images: Annotated[list[str], BeforeValidator(as_list)] = Field(min_length=1, repr=False)
+    """`data:` URIs, or addresses on hosts that the server allows."""
     model: str | None = Field(default=None, max_length=256)
     """Default: the model that has an instruction of its own."""
     instruction: str | None = Field(default=None, min_length=1)
@@ -67,8 +65,10 @@ def parse_json(data: bytes) -> CaptionRequest:
         raise describe(error) from None
 
 
-async def parse_upload(data: bytes, content_type: str, *, max_images: int) -> CaptionRequest:
-    """Read an uploaded form: files `image`, fields as in JSON.
+async def read_form(
+    data: bytes, content_type: str, *, max_images: int
+) -> tuple[list[bytes], dict[str, str]]:
+    """Take an uploaded form apart: files `image`, fields as in JSON.
 
     Args:
         data: the body, whose size was limited when it was read.
@@ -76,7 +76,7 @@ async def parse_upload(data: bytes, content_type: str, *, max_images: int) -> Ca
         max_images: files beyond it end the parsing.
 
     Raises:
-        ApiError: 400, it is no form, or a field is wrong.
+        ApiError: 400, it is no form, or a file has another name.
     """
 
     async def stream() -> AsyncGenerator[bytes, None]:
@@ -91,18 +91,29 @@ async def parse_upload(data: bytes, content_type: str, *, max_images: int) -> Ca
     except (MultiPartException, KeyError) as error:  # KeyError: there is no boundary
         message = error.message if isinstance(error, MultiPartException) else "it has no boundary"
         raise bad_request(f"the form cannot be read: {message}") from None
-    images: list[str] = []
-    fields: dict[str, Any] = {}
+    files: list[bytes] = []
+    fields: dict[str, str] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name not in _FILES:
                 raise bad_request(f"{name}: files are sent as `image`", param="image")
-            images.append("data:;base64," + base64.b64encode(await value.read()).decode())
+            files.append(await value.read())
         else:
-            fields[name] = _number(name, value)
+            fields[name] = value
     await form.close()
+    return files, fields
+
+
+def parse_form(files: Sequence[bytes], fields: Mapping[str, str]) -> CaptionRequest:
+    """Return what a form asks.
+
+    Raises:
+        ApiError: 400, a field is wrong.
+    """
+    images = [f"data:;base64,{base64.b64encode(one).decode()}" for one in files]
+    values = {name: _number(name, value) for name, value in fields.items()}
     try:
-        return CaptionRequest.model_validate({**fields, "images": images})
+        return CaptionRequest.model_validate({**values, "images": images})
     except ValidationError as error:
         raise describe(error) from None
 
@@ -175,8 +186,7 @@ def answer_of(
         for index, piece in enumerate(pieces)
     ]
     prompt, made = sum(one.num_prompt_tokens for one in jobs), sum(one.num_tokens for one in pieces)
-    usage = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
-    return {**head, "object": "list", "data": data, "usage": usage}
+    return {**head, "object": "list", "data": data, "usage": usage(prompt, made)}
 
 
 def _flags(piece: Piece, instruction: str) -> list[str]:

@@ -13,14 +13,13 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.keys import Key, Quota
 from serve.protocol import ApiError
-from serve.quota import Quotas, Refusal, Ticket
-from sg4v_ray.core.errors import StorageError
-from sg4v_ray.core.storage import Storage
+from serve.quota import Quotas, Refusal, Ticket, day_of
+from sg4v_ray.core.storage import STORAGE_ERRORS, Storage
 
 _log = logging.getLogger(__name__)
 _FILE: Final = "usage.json"
-_SAVE_EVERY_S: Final = 5.0
-_DAY_S: Final = 86_400
+_SAVE_AFTER_S: Final = 5.0
+"""What a key used meanwhile is lost with the process."""
 _RETRY_AFTER_S: Final = 1
 
 
@@ -31,7 +30,7 @@ class QuotaDesk:
         self._quotas = Quotas(longest_request_s=longest_request_s)
         self._home = None if state is None else Storage(state)
         self._before = self._load()
-        self._saved_s = time.monotonic()
+        self._is_saved = True
         self._saving: asyncio.Task[None] | None = None
 
     async def enter(self, name: str, quota: Quota) -> Ticket | Refusal:
@@ -41,7 +40,8 @@ class QuotaDesk:
 
     async def book(self, name: str, quota: Quota, number: int, tokens: int) -> Refusal | None:
         """See `Quotas.book`."""
-        now, today = time.time(), self._today(name, time.time())
+        now = time.time()
+        today = self._today(name, now)
         refusal = self._quotas.book(name, quota, number, tokens, now=now, today=today)
         self._save_soon()
         return refusal
@@ -53,7 +53,7 @@ class QuotaDesk:
 
     def _today(self, name: str, now: float) -> int:
         day, tokens = self._before.get(name, (0, 0))
-        return tokens if day == int(now // _DAY_S) else 0
+        return tokens if day == day_of(now) else 0
 
     def _load(self) -> dict[str, tuple[int, int]]:
         if self._home is None or not self._home.exists(_FILE):
@@ -62,19 +62,21 @@ class QuotaDesk:
         return {name: (int(day), int(tokens)) for name, (day, tokens) in found.items()}
 
     def _save_soon(self) -> None:
-        now = time.monotonic()
-        is_busy = self._saving is not None and not self._saving.done()
-        if self._home is None or is_busy or now - self._saved_s < _SAVE_EVERY_S:
-            return
-        self._saved_s = now
-        days = {**self._before, **self._quotas.days()}
-        self._saving = asyncio.create_task(asyncio.to_thread(self._save, self._home, days))
+        self._is_saved = False
+        if self._home is not None and (self._saving is None or self._saving.done()):
+            self._saving = asyncio.create_task(self._save(self._home))
 
-    def _save(self, home: Storage, days: dict[str, tuple[int, int]]) -> None:
-        try:
-            home.put(_FILE, json.dumps(days).encode())
-        except StorageError as error:  # requests are not refused for it; the next one tries again
-            _log.error("what keys used today is not saved: %s", error)
+    async def _save(self, home: Storage) -> None:
+        """Save what was used until nothing was used meanwhile: many requests are one object."""
+        while not self._is_saved:
+            await asyncio.sleep(_SAVE_AFTER_S)
+            self._is_saved = True
+            data = json.dumps({**self._before, **self._quotas.days()}).encode()
+            try:
+                await asyncio.to_thread(home.put, _FILE, data)
+            except STORAGE_ERRORS as error:  # no request is refused for it; tried again
+                self._is_saved = False
+                _log.error("what keys used today is not saved: %s", error)
 
 
 class DeskHandle:

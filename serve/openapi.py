@@ -41,7 +41,7 @@ def document(version: str) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "sg4v-ray", "version": version},
         "security": [{"key": []}],
-        "paths": _paths(),
+        "paths": _paths(components["CaptionRequest"]),
         "components": {
             "schemas": components,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -49,20 +49,14 @@ def document(version: str) -> dict[str, Any]:
     }
 
 
-def _paths() -> dict[str, Any]:
+def _paths(captions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the paths; `captions` is the schema of what /v1/captions takes as JSON."""
     model_id = {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    fields = {name: one for name, one in captions["properties"].items() if name != "images"}
     upload = {
         "type": "object",
         "required": ["image"],
-        "properties": {
-            "image": {
-                "type": "array",
-                "minItems": 1,
-                "items": {"type": "string", "format": "binary"},
-            },
-            "model": _TEXT,
-            "instruction": _TEXT,
-        },
+        "properties": {"image": {"type": "array", "minItems": 1, "items": _FILE}, **fields},
     }
     return {
         "/v1/models": {"get": _operation("models", "ModelList", ("401", "403", "429", "503"))},

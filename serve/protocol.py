@@ -122,7 +122,8 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """Return a list of a text that stands alone, as several fields allow."""
     return [value] if isinstance(value, str) else value
 
 
@@ -155,7 +156,7 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=256)]] | None, BeforeValidator(_as_list)
+        list[Annotated[str, Field(min_length=1, max_length=256)]] | None, BeforeValidator(as_list)
     ] = Field(default=None, max_length=4)
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -17,7 +17,7 @@ from sg4v_ray.core.rate import EvenLimit
 Reason = Literal["requests", "tokens", "concurrency", "day"]
 _BURST_S: Final = 10.0
 """Seconds of a limit that may be spent at once after a rest: people click, and scripts start."""
-_DAY_S: Final = 86_400
+DAY_S: Final = 86_400
 _LOST_AFTER_S: Final = 60.0
 """Beyond the longest request: then the process that took it is gone, and its place is free."""
 _BUSY_S: Final = 1
@@ -53,7 +53,8 @@ class _Used:
     today: int = 0
     open: dict[int, float] = field(default_factory=dict)
     """When each open request must be over, by number."""
-    booked: dict[int, int] = field(default_factory=dict)
+    booked: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Tokens of each open request and the day that they were counted in, by number."""
 
 
 class Quotas:
@@ -75,14 +76,20 @@ class Quotas:
             today: tokens that were used today before these books were opened.
         """
         used = self._of(name, quota, now, today)
-        used.open = {number: end for number, end in used.open.items() if end > now}
+        for number in [one for one, end in used.open.items() if end <= now]:
+            used.open.pop(number)  # its tokens stay used: nobody knows how many it made
+            used.booked.pop(number, None)
         if quota.tokens_per_day is not None and used.today >= quota.tokens_per_day:
-            return Refusal("day", math.ceil(_DAY_S - now % _DAY_S))
+            return Refusal("day", math.ceil(DAY_S - now % DAY_S))
         if quota.concurrency is not None and len(used.open) >= quota.concurrency:
             return Refusal("concurrency", _BUSY_S)
-        for reason, limit in (("requests", used.requests), ("tokens", used.tokens)):
+        limits: tuple[tuple[Reason, EvenLimit | None], ...] = (
+            ("requests", used.requests),
+            ("tokens", used.tokens),
+        )
+        for reason, limit in limits:
             if limit is not None and (wait_s := limit.wait_s(now)) > 0:
-                return Refusal(reason, math.ceil(wait_s))  # type: ignore[arg-type]
+                return Refusal(reason, math.ceil(wait_s))
         if used.requests is not None:
             used.requests.book(1, now)
         number = next(self._numbers)
@@ -95,13 +102,14 @@ class Quotas:
         """Book the most tokens that a request can use, or say why it must wait."""
         used = self._of(name, quota, now, today)
         if quota.tokens_per_day is not None and used.today + tokens > quota.tokens_per_day:
-            return Refusal("day", math.ceil(_DAY_S - now % _DAY_S))
+            return Refusal("day", math.ceil(DAY_S - now % DAY_S))
         if used.tokens is not None:
             if (wait_s := used.tokens.wait_s(now)) > 0:
                 return Refusal("tokens", math.ceil(wait_s))
             used.tokens.book(tokens, now)
         used.today += tokens
-        used.booked[number] = tokens
+        used.booked[number] = tokens, used.day
+        used.open.setdefault(number, now + self._longest_s)  # entered in books that are lost
         return None
 
     def leave(self, name: str, number: int, tokens: int) -> None:
@@ -109,8 +117,10 @@ class Quotas:
         used = self._used.get(name)
         if used is None or used.open.pop(number, None) is None:
             return
-        unused = used.booked.pop(number, 0) - tokens
-        used.today -= unused
+        booked, day = used.booked.pop(number, (0, used.day))
+        unused = booked - tokens
+        if day == used.day:
+            used.today -= unused
         if used.tokens is not None:
             used.tokens.give_back(unused)
 
@@ -119,15 +129,19 @@ class Quotas:
         return {name: (one.day, one.today) for name, one in self._used.items()}
 
     def _of(self, name: str, quota: Quota, now: float, today: int) -> _Used:
-        used, day = self._used.get(name), int(now // _DAY_S)
+        used, day = self._used.get(name), day_of(now)
         if used is None:
             used = self._used[name] = _Used(quota, *_limits(quota), day=day, today=today)
         elif used.quota != quota:
             used.quota, (used.requests, used.tokens) = quota, _limits(quota)
         if used.day != day:
-            # What is under way was booked yesterday and is given back to today: by a little less.
             used.day, used.today = day, 0
         return used
+
+
+def day_of(now: float) -> int:
+    """Return the day since 1970, in UTC."""
+    return int(now // DAY_S)
 
 
 def _limits(quota: Quota) -> tuple[EvenLimit | None, EvenLimit | None]:

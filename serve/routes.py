@@ -24,15 +24,16 @@ from serve.captions import (
     CaptionRequest,
     answer_of,
     chats,
+    parse_form,
     parse_json,
-    parse_upload,
     pick,
+    read_form,
 )
 from serve.config import Limits
 from serve.openapi import document
 from serve.protocol import ApiError, ChatRequest
 from serve.request import ChatModel, Job, media_urls, to_request
-from serve.visit import Visit, visit_of
+from serve.visit import CLIENT_CLOSED, Visit, visit_of
 from sg4v_ray.core.fetch import Fetcher
 from sg4v_ray.core.images import Rejected
 from sg4v_ray.inference.engine import Generation
@@ -44,8 +45,6 @@ Fetched = Mapping[str, bytes | Rejected]
 _PROBE_S: Final = 20.0
 """Longer than a busy engine takes for a token, shorter than probes of clusters wait."""
 _JSON: Final = "application/json"
-_CLIENT_CLOSED: Final = 499
-"""What nginx and Serve call a request whose client went away."""
 
 
 class Backend(Protocol):
@@ -175,14 +174,14 @@ class Routes:
         kinds = (_JSON, MULTIPART)
         data = await read_body(http, limits, kinds=kinds)
         sent, visit = http.headers["content-type"], visit_of(http.state)
+        loop, began = asyncio.get_running_loop(), time.monotonic()
         if sent.lower().startswith(MULTIPART):
             if visit.key is None and "origin" in http.headers:
                 raise ApiError(403, "an upload from a web page needs a key", code="no_key")
-            body = await parse_upload(data, sent, max_images=limits.max_caption_images)
+            files, fields = await read_form(data, sent, max_images=limits.max_caption_images)
+            body = await loop.run_in_executor(self._pool, parse_form, files, fields)
         else:
-            body = parse_json(data)
-        loop = asyncio.get_running_loop()
-        began = time.monotonic()
+            body = await loop.run_in_executor(self._pool, parse_json, data)
         entry, asked = self._captioner(body)
         fetched = await self._fetched(asked, visit)
         jobs = await loop.run_in_executor(self._pool, self._prepare_captions, entry, asked, fetched)
@@ -218,14 +217,14 @@ class Routes:
 
     async def _fetched(self, bodies: Sequence[ChatRequest], visit: Visit) -> Fetched:
         """Return what lies at the addresses of images, where this server fetches any."""
-        urls = list({url for body in bodies for url in media_urls(body, self._limits)})
-        if not urls:
+        named = [url for body in bodies for url in media_urls(body, self._limits)]
+        if not named:
             return {}
+        visit.fetched, urls = len(named), list(dict.fromkeys(named))
         if self._fetcher is None:
             self._fetcher = Fetcher(self._limits.fetching())
         most = self._limits.image.max_bytes
         found = await asyncio.gather(*(self._fetcher.get(url, max_bytes=most) for url in urls))
-        visit.fetched = len(urls)
         return dict(zip(urls, found, strict=True))
 
     def _prepare(self, body: ChatRequest, fetched: Fetched) -> tuple[Entry, Job]:
@@ -378,7 +377,7 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:
-    return Response(status_code=_CLIENT_CLOSED)
+    return Response(status_code=CLIENT_CLOSED)
 
 
 async def _on_bug(_: Request, __: Exception) -> Response:

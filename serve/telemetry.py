@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from serve.visit import Visit
+from serve.visit import CLIENT_CLOSED, Visit
 
 _log = logging.getLogger("serve.requests")
 _SHORT_S: Final = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -25,8 +25,6 @@ _REASONS: Final[Mapping[int, str]] = {
     401: "auth", 403: "auth", 408: "time", 413: "size", 415: "type", 429: "rate", 503: "queue",
     504: "time",
 }  # fmt: skip
-CANCELLED: Final = 499
-"""What nginx and Serve call a request whose client went away."""
 
 
 class Telemetry(Protocol):
@@ -98,7 +96,7 @@ class RayTelemetry(LogOnly):
         self._requests.inc(1, labels | more)
         if reason := _REASONS.get(status):
             self._rejected.inc(1, {"reason": reason})
-        if status == CANCELLED:
+        if status == CLIENT_CLOSED:
             self._cancelled.inc(1, labels)
         self._e2e.observe(visit.seconds, labels)
         if visit.model:
@@ -122,7 +120,7 @@ class RayTelemetry(LogOnly):
 
 def status_of(visit: Visit) -> int:
     """Return the status that was sent, or 499 if the client did not wait for its end."""
-    return visit.status if visit.is_whole else CANCELLED
+    return visit.status if visit.is_whole else CLIENT_CLOSED
 
 
 def line(visit: Visit) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from serve.quota import Refusal, Ticket
 
 VISIT: Final = "visit"
 """Where a request's `Visit` lies in its state."""
+CLIENT_CLOSED: Final = 499
+"""What nginx and Serve call a request whose client went away."""
 _SAID: Final = {
     "requests": "this key has sent its requests of this minute",
     "tokens": "this key has used its tokens of this minute",

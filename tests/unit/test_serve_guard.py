@@ -63,6 +63,10 @@ def client(books: Books, tmp_path: Path) -> Iterator[TestClient]:
     )
     app = FastAPI(openapi_url=None)
 
+    @app.exception_handler(ApiError)
+    async def told(_: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status, error.headers())
+
     @app.get("/v1/who")
     async def who(request: Request) -> Any:
         visit = visit_of(request.state)
@@ -77,10 +81,7 @@ def client(books: Books, tmp_path: Path) -> Iterator[TestClient]:
     @app.get("/v1/owing")
     async def owing(request: Request) -> None:
         await visit_of(request.state).book(3000)
-        try:
-            await visit_of(request.state).book(1)
-        except ApiError as error:
-            return JSONResponse(error.body(), error.status, error.headers())  # type: ignore[return-value]
+        await visit_of(request.state).book(1)
 
     @app.get("/v1/bug")
     async def bug() -> None:
@@ -90,8 +91,8 @@ def client(books: Books, tmp_path: Path) -> Iterator[TestClient]:
     async def stream() -> StreamingResponse:
         return StreamingResponse(iter(["a", "b"]))
 
-    @app.get("/metrics")
-    async def metrics() -> str:
+    @app.get("/health/live")
+    async def live() -> str:
         return "figures"
 
     guard = Guard(app, ring=KeyRing(file=str(file)), desk=books)
@@ -106,7 +107,8 @@ def get(client: TestClient, path: str, key: str | None = None, **headers: str) -
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/who", "/metrics", "/nothing", "/docs", "/openapi.json", "/v1/who/../who", "//"]
+    "path",
+    ["/v1/who", "/health/live", "/nothing", "/docs", "/openapi.json", "/v1/who/../who", "//"],
 )
 @pytest.mark.parametrize(
     "header",
@@ -120,21 +122,21 @@ def test_no_path_is_open(client: TestClient, path: str, header: str | None) -> N
 
 
 def test_a_host_header_opens_nothing(client: TestClient) -> None:
-    for host in ("x/metrics", "x?/-/healthz", "127.0.0.1#", "user@x"):
+    for host in ("x/health", "x?/-/healthz", "127.0.0.1#", "user@x"):
         assert get(client, "/v1/who", host=host).status_code == 401
 
 
 def test_a_key_opens_what_its_scopes_name(client: TestClient) -> None:
     assert get(client, "/v1/who", "plain").json() == {"name": "plain"}
-    assert get(client, "/metrics", "figures").status_code == 200
-    for path, key in (("/metrics", "plain"), ("/v1/who", "figures"), ("/nothing", "figures")):
+    assert get(client, "/health/live", "figures").status_code == 200
+    for path, key in (("/health/live", "plain"), ("/v1/who", "figures"), ("/nothing", "figures")):
         assert get(client, path, key).status_code == 403
     assert get(client, "/nothing", "plain").status_code == 404
 
 
 def test_paths_below_a_guarded_one_are_guarded_and_those_that_only_look_alike_are_not() -> None:
-    assert (scope_of("/metrics"), scope_of("/metrics/x")) == ("metrics", "metrics")
-    assert (scope_of("/metricsx"), scope_of("/v1/metrics")) == ("inference", "inference")
+    assert (scope_of("/health"), scope_of("/health/x")) == ("metrics", "metrics")
+    assert (scope_of("/healthx"), scope_of("/v1/health")) == ("inference", "inference")
 
 
 def test_a_request_keeps_its_id_if_it_is_a_clean_one(client: TestClient) -> None:

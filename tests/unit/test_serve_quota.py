@@ -98,3 +98,22 @@ def test_keys_do_not_use_each_others_quota() -> None:
     quotas, quota = books(), Quota(requests_per_min=6, concurrency=1)
     assert isinstance(quotas.enter("a", quota, now=NOON), Ticket)
     assert isinstance(quotas.enter("b", quota, now=NOON), Ticket)
+
+
+def test_what_was_booked_yesterday_gives_nothing_to_today() -> None:
+    quotas, quota, midnight = books(), Quota(tokens_per_day=1000), NOON + 43_200
+    late = quotas.enter("a", quota, now=midnight - 1)
+    assert isinstance(late, Ticket)
+    assert quotas.book("a", quota, late.number, 1000, now=midnight - 1) is None
+    early = quotas.enter("a", quota, now=midnight + 1)
+    assert isinstance(early, Ticket)
+    quotas.leave("a", late.number, 0)
+    assert quotas.days()["a"][1] == 0
+    assert quotas.book("a", quota, early.number, 1001, now=midnight + 1) is not None
+
+
+def test_a_request_that_entered_before_the_books_were_lost_still_gives_its_rest_back() -> None:
+    quotas, quota = books(), Quota(tokens_per_day=1000)
+    assert quotas.book("a", quota, 7, 600, now=NOON) is None
+    quotas.leave("a", 7, 100)
+    assert quotas.days()["a"][1] == 100
