@@ -2,10 +2,6 @@
 """What is told of each request: one line of JSON in the log, and Prometheus figures through Ray.
 
 Never what was asked or answered, and no key: names of keys in the log alone, not in labels.
-
-Source:
-    Names follow vLLM's and the Prometheus conventions for an OpenAI-compatible server, so that
-    dashboards need no second vocabulary; Ray puts `ray_` in front.
 """
 
 import json
@@ -17,10 +13,10 @@ from typing import Any, Final, Protocol
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from serve.visit import CLIENT_CLOSED, Visit
+from sg4v_ray.core import observe
+from sg4v_ray.core.observe import Metric
 
 _log = logging.getLogger("serve.requests")
-_SHORT_S: Final = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
-_LONG_S: Final = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0)
 _REASONS: Final[Mapping[int, str]] = {
     401: "auth", 403: "auth", 408: "time", 413: "size", 415: "type", 429: "rate", 503: "queue",
     504: "time",
@@ -52,32 +48,17 @@ class RayTelemetry(LogOnly):
     """Writes the lines and counts with Ray's metrics, in the process that answers HTTP."""
 
     def __init__(self) -> None:
-        labels = ("route", "model")
-        self._requests = Counter(
-            "sg4v_serve_requests_total", "requests answered", (*labels, "status", "finish_reason")
-        )
-        self._rejected = Counter(
-            "sg4v_serve_requests_rejected_total", "requests refused, by reason", ("reason",)
-        )
-        self._cancelled = Counter(
-            "sg4v_serve_requests_cancelled_total", "requests whose client went away", labels
-        )
-        self._in_flight = Gauge("sg4v_serve_requests_in_flight", "requests that are open")
-        self._prompt = Counter("sg4v_serve_prompt_tokens_total", "tokens of prompts", ("model",))
-        self._made = Counter("sg4v_serve_generation_tokens_total", "tokens made", ("model",))
-        self._images = Counter("sg4v_serve_images_total", "images decoded", ("source",))
-        self._ttft = Histogram(
-            "sg4v_serve_time_to_first_token_seconds", "from arrival to text", _SHORT_S, labels
-        )
-        self._itl = Histogram(
-            "sg4v_serve_inter_token_latency_seconds", "between pieces of text", _SHORT_S, labels
-        )
-        self._e2e = Histogram(
-            "sg4v_serve_e2e_request_latency_seconds", "from arrival to the end", _LONG_S, labels
-        )
-        self._decode = Histogram(
-            "sg4v_serve_image_decode_seconds", "to parse, decode and tokenise", _SHORT_S, ()
-        )
+        self._requests = _counter(observe.SERVE_REQUESTS)
+        self._rejected = _counter(observe.SERVE_REJECTED)
+        self._cancelled = _counter(observe.SERVE_CANCELLED)
+        self._in_flight = Gauge(observe.SERVE_IN_FLIGHT.name, observe.SERVE_IN_FLIGHT.description)
+        self._prompt = _counter(observe.SERVE_PROMPT_TOKENS)
+        self._made = _counter(observe.SERVE_TOKENS)
+        self._images = _counter(observe.SERVE_IMAGES)
+        self._ttft = _histogram(observe.SERVE_TTFT_S)
+        self._itl = _histogram(observe.SERVE_ITL_S)
+        self._e2e = _histogram(observe.SERVE_E2E_S)
+        self._prepare = _histogram(observe.SERVE_PREPARE_S)
         self._open = 0
 
     def began(self) -> None:
@@ -111,11 +92,19 @@ class RayTelemetry(LogOnly):
             if images > 0:
                 self._images.inc(images, {"source": source})
         if visit.prepare_s:
-            self._decode.observe(visit.prepare_s)
+            self._prepare.observe(visit.prepare_s)
         if visit.first_token_s is not None:
             self._ttft.observe(visit.first_token_s, labels)
         for gap_s in visit.gaps_s:
             self._itl.observe(gap_s, labels)
+
+
+def _counter(metric: Metric) -> Counter:
+    return Counter(metric.name, metric.description, metric.labels)
+
+
+def _histogram(metric: Metric) -> Histogram:
+    return Histogram(metric.name, metric.description, list(metric.buckets_s), metric.labels)
 
 
 def status_of(visit: Visit) -> int:

@@ -12,9 +12,11 @@ class Metric:
     """One Prometheus metric. Ray puts `ray_` in front of the name when it exports it."""
 
     name: str
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     description: str
     labels: tuple[str, ...] = ()
+    buckets_s: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets, in seconds."""
 
 
 ROWS = Metric("sg4v_rows", "counter", "rows finished, rejected ones included", ("artifact",))
@@ -62,6 +64,36 @@ TRAIN_ROLLBACKS = Metric(
     "sg4v_train_rollbacks", "gauge", "times that weights went back", ("artifact",)
 )
 TRAIN_REJECTED = Metric("sg4v_train_rejected", "gauge", "samples that weigh nothing", ("artifact",))
+
+# As vLLM and the OpenAI-compatible servers name them, so that dashboards need no second vocabulary.
+_ASKED = ("route", "model")
+_SHORT_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_LONG_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0)
+SERVE_REQUESTS = Metric(
+    "sg4v_serve_requests", "counter", "requests answered", (*_ASKED, "status", "finish_reason")
+)
+SERVE_REJECTED = Metric(
+    "sg4v_serve_requests_rejected", "counter", "requests refused, by reason", ("reason",)
+)
+SERVE_CANCELLED = Metric(
+    "sg4v_serve_requests_cancelled", "counter", "requests whose client went away", _ASKED
+)
+SERVE_IN_FLIGHT = Metric("sg4v_serve_requests_in_flight", "gauge", "requests that are open")
+SERVE_PROMPT_TOKENS = Metric("sg4v_serve_prompt_tokens", "counter", "tokens of prompts", ("model",))
+SERVE_TOKENS = Metric("sg4v_serve_generation_tokens", "counter", "tokens generated", ("model",))
+SERVE_IMAGES = Metric("sg4v_serve_images", "counter", "images decoded", ("source",))
+SERVE_TTFT_S = Metric(
+    "sg4v_serve_time_to_first_token_seconds", "histogram", "from arrival to text", _ASKED, _SHORT_S
+)
+SERVE_ITL_S = Metric(
+    "sg4v_serve_inter_token_latency_seconds", "histogram", "between pieces", _ASKED, _SHORT_S
+)
+SERVE_E2E_S = Metric(
+    "sg4v_serve_e2e_request_latency_seconds", "histogram", "from arrival to end", _ASKED, _LONG_S
+)
+SERVE_PREPARE_S = Metric(
+    "sg4v_serve_prepare_seconds", "histogram", "to parse, fetch, decode, tokenise", (), _SHORT_S
+)
 
 
 def set_up_logging(level: int = logging.INFO) -> None:

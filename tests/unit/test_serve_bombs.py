@@ -15,9 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from serve.config import Limits
-from serve.request import ChatModel
-from serve.routes import Entry, Routes
-from tests.unit.test_serve_captions import DEPLOYMENT, InProcess
+from tests.unit.serve_site import routes_over
 
 MOST_GROWTH_KB = 200_000
 
@@ -97,10 +95,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[TestClient]:
-    model = ChatModel.open(DEPLOYMENT, tiny_model)
-    routes = Routes({"captioner": Entry(model, 5, "0")}, InProcess(tiny_model, model), Limits())
-    with TestClient(routes.app()) as made:
+def client(tiny_model: Path) -> Iterator[TestClient]:
+    with TestClient(routes_over(tiny_model, Limits()).app()) as made:
         yield made
 
 

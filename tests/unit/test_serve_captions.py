@@ -1,97 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in, captions out: as JSON or as files, one or many, in the order they were sent."""
 
-import base64
 import json
 import re
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from PIL import Image
 
-from serve.answer import Piece, answer
-from serve.config import Limits, ModelDeployment
 from serve.protocol import ApiError
-from serve.request import ChatModel, Job
 from serve.routes import Entry, Routes
-from sg4v_ray.core.artifact import Ref
-from sg4v_ray.inference.engine import Generation
-from sg4v_ray.inference.fake import FakeEngine
-from sg4v_ray.inference.open import EngineConfig
-
-ENGINE = EngineConfig(kind="fake", capacity=4, max_model_len=400)
-DEPLOYMENT = ModelDeployment(
-    id="captioner",
-    artifact=Ref(name="captioner"),
-    root="/nowhere",
-    template="vicuna_v1",
-    geometry="pad",
-    engine=ENGINE,
-    generation=Generation(max_tokens=60),
-    instruction="Describe it.",
-)
-LIMITS = Limits(max_body_bytes=400_000, max_caption_images=3)
-
-
-class InProcess:
-    """A backend without Ray, which remembers what it was asked."""
-
-    def __init__(self, folder: Path, model: ChatModel) -> None:
-        self.engine, self.jobs = FakeEngine(ENGINE, folder), []  # type: ignore[var-annotated]
-        self.refuses: int | None = None
-        self._model, self.is_ready = model, True
-
-    async def stream(self, model_id: str, job: Job) -> AsyncGenerator[Piece, None]:
-        await self.engine.start()
-        found = answer(self.engine, job, text=self._model.conversation.stream(), timeout_s=5)
-        async with aclosing(found) as opened:
-            async for piece in opened:
-                yield piece
-
-    async def ready(self) -> dict[str, bool]:
-        return {"chat": self.is_ready}
-
-    async def complete(self, model_id: str, job: Job) -> Piece:
-        self.jobs.append(job)
-        if self.refuses == len(self.jobs):
-            raise ApiError(503, "full", code="overloaded", retry_after_s=1)
-        found = [piece async for piece in self.stream(model_id, job)]
-        return replace(found[-1], text="".join(one.text for one in found))
+from tests.unit.serve_site import DEPLOYMENT, LIMITS, InProcess, open_model, png, uri
 
 
 @pytest.fixture
 def backend(tiny_model: Path) -> InProcess:
-    return InProcess(tiny_model, ChatModel.open(DEPLOYMENT, tiny_model))
+    return InProcess(tiny_model, open_model(tiny_model))
 
 
 @pytest.fixture
 def client(backend: InProcess) -> Iterator[TestClient]:
     entries = {
-        "captioner": Entry(backend._model, created=5, fingerprint="0123"),
+        "captioner": Entry(backend.model, created=5, fingerprint="0123"),
         "chat": Entry(
-            replace(backend._model, config=replace(DEPLOYMENT, id="chat", instruction=None)),
+            replace(backend.model, config=replace(DEPLOYMENT, id="chat", instruction=None)),
             created=5,
             fingerprint="0123",
         ),
     }
     with TestClient(Routes(entries, backend, LIMITS).app()) as made:
         yield made
-
-
-def png(colour: str) -> bytes:
-    data = BytesIO()
-    Image.new("RGB", (30, 20), colour).save(data, "PNG")
-    return data.getvalue()
-
-
-def uri(colour: str) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(colour)).decode()
 
 
 def test_files_and_json_ask_the_same_and_get_the_same(
@@ -182,7 +123,8 @@ def test_a_web_page_of_somebody_else_cannot_upload_where_no_key_is_asked_for(
 
 
 def test_a_refusal_of_one_image_is_the_answer(client: TestClient, backend: InProcess) -> None:
-    backend.refuses = 2
+    backend.refusal = ApiError(503, "full", code="overloaded", retry_after_s=1)
+    backend.refuses_from = 1
     found = client.post("/v1/captions", json={"images": [uri("teal")] * 3})
     assert (found.status_code, found.headers["retry-after"]) == (503, "1")
 

@@ -23,9 +23,7 @@ from schemathesis.specs.openapi.checks import (
 from serve.config import Auth
 from serve.guard import Guard
 from serve.openapi import document
-from serve.request import ChatModel
-from serve.routes import Entry, Routes
-from tests.unit.test_serve_captions import DEPLOYMENT, LIMITS, InProcess
+from tests.unit.serve_site import routes_over
 from tests.unit.test_serve_guard import Books
 
 CHECKS = [
@@ -39,10 +37,7 @@ CHECKS = [
 
 def application(folder: Path, auth: Auth) -> Guard:
     """Return the whole application with a fake engine."""
-    model = ChatModel.open(DEPLOYMENT, folder)
-    backend = InProcess(folder, model)
-    routes = Routes({"captioner": Entry(model, 5, "0123")}, backend, LIMITS)
-    return Guard(routes.app(), ring=auth.ring(), desk=Books())
+    return Guard(routes_over(folder).app(), ring=auth.ring(), desk=Books())
 
 
 def test_the_document_is_valid_and_every_reference_leads_somewhere() -> None:

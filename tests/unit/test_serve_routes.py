@@ -5,8 +5,7 @@
 """
 
 import json
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,73 +13,20 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serve.answer import Piece, answer
-from serve.config import Limits, ModelDeployment
 from serve.protocol import ApiError
-from serve.request import ChatModel, Job
-from serve.routes import Entry, Routes
-from sg4v_ray.core.artifact import Ref
-from sg4v_ray.inference.engine import Generation
-from sg4v_ray.inference.fake import FakeEngine
-from sg4v_ray.inference.open import EngineConfig
-
-ENGINE = EngineConfig(kind="fake", capacity=4, max_model_len=400)
-DEPLOYMENT = ModelDeployment(
-    id="chat",
-    artifact=Ref(name="vlm"),
-    root="/nowhere",
-    template="vicuna_v1",
-    geometry="pad",
-    engine=ENGINE,
-    generation=Generation(max_tokens=60),
-)
-LIMITS = Limits(max_body_bytes=400_000)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> ChatModel:
-    return ChatModel.open(DEPLOYMENT, tiny_model)
-
-
-class InProcess:
-    """A backend without Ray: the fake engine in the loop of the test client."""
-
-    def __init__(self, folder: Path, model: ChatModel) -> None:
-        self.engine = FakeEngine(ENGINE, folder)
-        self.error: Exception | None = None
-        self.refusal: ApiError | None = None
-        self._model, self.is_ready = model, True
-
-    async def stream(self, model_id: str, job: Job) -> AsyncGenerator[Piece, None]:
-        if self.refusal is not None:
-            raise self.refusal
-        await self.engine.start()
-        found = answer(self.engine, job, text=self._model.conversation.stream(), timeout_s=5)
-        async with aclosing(found) as opened:
-            async for piece in opened:
-                yield piece
-                if self.error is not None:
-                    raise self.error
-
-    async def ready(self) -> dict[str, bool]:
-        return {"chat": self.is_ready}
-
-    async def complete(self, model_id: str, job: Job) -> Piece:
-        found = [piece async for piece in self.stream(model_id, job)]
-        return replace(found[-1], text="".join(one.text for one in found))
-
-
-@pytest.fixture(scope="module")
-def backend(tiny_model: Path, model: ChatModel) -> InProcess:
-    return InProcess(tiny_model, model)
+from serve.request import ChatModel
+from tests.unit.serve_site import DEPLOYMENT, InProcess, make_routes
 
 
 @pytest.fixture
-def client(model: ChatModel, backend: InProcess) -> Iterator[TestClient]:
-    entry = Entry(model, created=5, fingerprint="0123456789abcdef")
-    backend.engine = FakeEngine(ENGINE, backend.engine._model)
-    backend.error = backend.refusal = None
-    app = Routes({"chat": entry}, backend, LIMITS).app()
+def backend(tiny_model: Path) -> InProcess:
+    chat = replace(DEPLOYMENT, id="chat", instruction=None)
+    return InProcess(tiny_model, ChatModel.open(chat, tiny_model))
+
+
+@pytest.fixture
+def client(backend: InProcess) -> Iterator[TestClient]:
+    app = make_routes(backend).app()
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
@@ -195,7 +141,6 @@ def test_other_paths_answer_in_the_same_shape(
 def test_health_tells_a_living_process_from_models_that_run_and_models_that_answer(
     client: TestClient, backend: InProcess
 ) -> None:
-    backend.is_ready = True
     for kind in ("live", "ready", "deep"):
         assert client.get(f"/health/{kind}").status_code == 200
     backend.is_ready = False
@@ -205,4 +150,3 @@ def test_health_tells_a_living_process_from_models_that_run_and_models_that_answ
         found = client.get(f"/health/{kind}")
         assert (found.status_code, found.headers["retry-after"]) == (503, "1")
         assert found.json() == {"status": "unavailable", "models": {"chat": False}}
-    backend.is_ready, backend.refusal = True, None

@@ -15,10 +15,8 @@ import httpcore
 import pytest
 from fastapi.testclient import TestClient
 
-from serve.request import ChatModel
-from serve.routes import Entry, Routes
 from sg4v_ray.core import fetch
-from tests.unit.test_serve_captions import DEPLOYMENT, LIMITS, InProcess, png
+from tests.unit.serve_site import LIMITS, png, routes_over
 
 HOST, PUBLIC, REBOUND = "images.example.org", "93.184.216.34", "rebinding.example.org"
 METADATA = ("169.254.169.254", "169.254.170.2", "100.100.100.200", "192.0.0.192", "fd00:ec2::254")
@@ -122,10 +120,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
 
 @pytest.fixture
 def client(tiny_model: Path, network: Network, dns: object) -> Iterator[TestClient]:
-    model = ChatModel.open(DEPLOYMENT, tiny_model)
     limits = replace(LIMITS, allowed_media_domains=(HOST, REBOUND))
-    routes = Routes({"captioner": Entry(model, 5, "0123")}, InProcess(tiny_model, model), limits)
-    with TestClient(routes.app()) as made:
+    with TestClient(routes_over(tiny_model, limits).app()) as made:
         yield made
 
 
@@ -184,8 +180,6 @@ def test_an_image_of_an_allowed_host_is_fetched(client: TestClient, network: Net
 
 
 def test_without_allowed_hosts_nothing_is_fetched(tiny_model: Path, network: Network) -> None:
-    model = ChatModel.open(DEPLOYMENT, tiny_model)
-    routes = Routes({"captioner": Entry(model, 5, "0123")}, InProcess(tiny_model, model), LIMITS)
-    with TestClient(routes.app()) as client:
+    with TestClient(routes_over(tiny_model).app()) as client:
         assert "data: URIs only" in refused(client, f"http://{HOST}/a.png")
     assert network.opened == []

@@ -13,11 +13,16 @@ import pytest
 from fastapi.testclient import TestClient
 
 from serve.guard import Guard
-from serve.request import ChatModel
-from serve.routes import Entry, Routes
 from serve.telemetry import LogOnly, line, status_of
 from serve.visit import Visit
-from tests.unit.test_serve_captions import DEPLOYMENT, LIMITS, InProcess, uri
+from tests.unit.serve_site import (
+    LIMITS,
+    InProcess,
+    make_routes,
+    open_model,
+    routes_over,
+    uri,
+)
 from tests.unit.test_serve_guard import Books
 
 SECRET = "the harbour at dawn"
@@ -41,9 +46,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def app(tiny_model: Path, recorder: Recorder) -> Guard:
-    model = ChatModel.open(DEPLOYMENT, tiny_model)
-    routes = Routes({"captioner": Entry(model, 5, "0123")}, InProcess(tiny_model, model), LIMITS)
-    return Guard(routes.app(), ring=None, desk=Books(), telemetry=recorder)
+    return Guard(routes_over(tiny_model).app(), ring=None, desk=Books(), telemetry=recorder)
 
 
 def body(**more: Any) -> dict[str, Any]:
@@ -142,9 +145,7 @@ def test_a_body_that_does_not_come_is_408(tiny_model: Path, recorder: Recorder) 
         await guard(scope, receive, send)
         return said
 
-    model = ChatModel.open(DEPLOYMENT, tiny_model)
-    slow = replace(LIMITS, body_timeout_s=0.05)
-    routes = Routes({"captioner": Entry(model, 5, "0123")}, InProcess(tiny_model, model), slow)
+    routes = routes_over(tiny_model, replace(LIMITS, body_timeout_s=0.05))
     guard = Guard(routes.app(), ring=None, desk=Books(), telemetry=recorder)
     said = asyncio.run(call())
     assert said[0]["status"] == 408
@@ -152,10 +153,9 @@ def test_a_body_that_does_not_come_is_408(tiny_model: Path, recorder: Recorder) 
 
 
 def test_a_bug_is_told_as_one(tiny_model: Path, recorder: Recorder) -> None:
-    model = ChatModel.open(DEPLOYMENT, tiny_model)
-    backend = InProcess(tiny_model, model)
-    backend.stream = None  # type: ignore[assignment, method-assign]
-    app = Routes({"captioner": Entry(model, 5, "0123")}, backend, LIMITS).app()
+    backend = InProcess(tiny_model, open_model(tiny_model))
+    backend.error = RuntimeError("/secret/path")
+    app = make_routes(backend).app()
     app.add_middleware(partial(Guard, ring=None, desk=Books(), telemetry=recorder))
     with TestClient(app, raise_server_exceptions=False) as client:
         found = client.post("/v1/captions", json={"images": [uri("teal")]})
