@@ -81,7 +81,7 @@ show-teacher: .venv/installed  ## what is claimed about teacher captions (about 
 
 show-training: .venv/installed  ## what is claimed about training, weights and estimates
 	$(MAKE) check
-	$(RUN) pytest -m training
+	$(RUN) pytest -m 'training and not gpu'
 	$(RUN) jobs.bench_training --root $(ROOT)/bench-training
 	$(RUN) pytest -m shown tests/shown/test_training.py
 
