@@ -110,7 +110,9 @@ def test_a_run_grows_when_a_node_comes_and_saves_before(
     driver.wait()
     assert "stopped after step" in (tmp_path / "said").read_text()
     after = checkpoint.newest(home).progress
-    assert after.resumed_at == (before.step,)
+    # A signal may have made the one worker save once more before it was stopped.
+    [resumed] = after.resumed_at
+    assert resumed >= before.step > 0
     assert after.losses[: before.step] == before.losses
 
 
