@@ -33,7 +33,7 @@ def build(args: dict[str, str]) -> Application:
 def application(config: ServeConfig) -> Application:
     """Return the application of a config."""
     config.auth.ring()  # said here, and not by a replica in a loop
-    models = tuple(served(one) for one in config.models)
+    models = tuple(served(one) for one in config.deployments)
     handles = {
         one.config.id: serve.deployment(**model_options(one.config, config.limits))(Replica).bind(
             one, cache=config.cache, timeout_s=config.limits.timeout_s
@@ -42,9 +42,20 @@ def application(config: ServeConfig) -> Application:
     }
     ingress = serve.deployment(**ingress_options(config))(Ingress)
     desk = serve.deployment(**desk_options(config))(QuotaDesk)
-    books = desk.bind(longest_request_s=config.limits.timeout_s, state=config.auth.state)
+    canaries = {
+        model_id: (str(one.artifact), one.weight) for model_id, one in config.canaries.items()
+    }
+    books = desk.bind(
+        longest_request_s=config.limits.timeout_s, state=config.auth.state, canaries=canaries
+    )
     return ingress.bind(
-        models, handles, books, auth=config.auth, limits=config.limits, cache=config.cache
+        models,
+        handles,
+        books,
+        auth=config.auth,
+        limits=config.limits,
+        cache=config.cache,
+        canaries=config.canaries,
     )
 
 
@@ -71,6 +82,7 @@ def model_options(model: ModelDeployment, limits: Limits) -> dict[str, Any]:
         "name": model.id,
         "max_ongoing_requests": model.max_ongoing,
         "max_queued_requests": model.max_queued,
+        "max_surge_percent": model.max_surge_percent,
         "ray_actor_options": {"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
     }
 
@@ -95,6 +107,7 @@ def desk_options(config: ServeConfig) -> dict[str, Any]:
         **_shared_options(config.limits),
         "name": DESK,
         "num_replicas": 1,  # one book: more would each count their own part
+        "max_surge_percent": 0,  # and its successor reads what it saved
         "max_ongoing_requests": 1000,
         "max_queued_requests": 1000,
         "ray_actor_options": {"num_cpus": config.desk_cpus, "num_gpus": 0},
@@ -110,9 +123,10 @@ def _replicas(model: ModelDeployment) -> dict[str, Any]:
             "initial_replicas": model.min_replicas,
             "max_replicas": model.max_replicas,
             "target_ongoing_requests": model.target_ongoing,
-            # Loading weights takes a minute or more: grow on half a minute of load, shrink late.
-            "upscale_delay_s": 30.0,
-            "downscale_delay_s": 600.0,
+            "upscale_delay_s": model.upscale_delay_s,
+            "downscale_delay_s": model.downscale_delay_s,
+            # Also the period over which requests, open and queued, are averaged.
+            "look_back_period_s": min(30.0, model.upscale_delay_s),
         }
     }
 
@@ -126,9 +140,9 @@ def _shared_options(limits: Limits) -> dict[str, Any]:
         "health_check_timeout_s": 30.0,
         # A model that does not load will not load the twentieth time either.
         "max_constructor_retry_count": 3,
-        # One in five at a time, old ones first: GPUs for a second set of replicas are rare.
+        # One in five at a time; what has no GPU starts its new ones first.
         "rolling_update_percentage": 0.2,
-        "max_surge_percent": 0,
+        "max_surge_percent": 100,
         # Method, route, status and seconds. Bodies are never logged, by us or by Serve.
         "logging_config": {"enable_access_log": True, "log_level": "INFO"},
     }

@@ -7,7 +7,7 @@ endless queue and no deadline, each of them wrong for an engine that batches.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +34,7 @@ _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COUNTS = (
-    *("max_body_bytes", "max_images", "max_caption_images", "max_messages", "timeout_s"),
+    *("max_body_bytes", "max_images", "max_caption_images", "max_messages", "max_n", "timeout_s"),
     *("decode_threads", "fetch_timeout_s", "body_timeout_s"),
 )
 _ARGUMENTS = ("config", "root", "cache")
@@ -63,6 +63,8 @@ class Limits:
     max_caption_images: int = 16
     """Images of one call of /v1/captions; each is a request of its own to the model."""
     max_messages: int = 64
+    max_n: int = 4
+    """Answers to one request (`n`); each is a request of its own to the model."""
     timeout_s: float = 300.0
     """From the moment a replica takes a request to its last token."""
     decode_threads: int = 2
@@ -126,6 +128,27 @@ class Auth:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Canary:
+    """Another version of a model, served beside it with a share of its requests."""
+
+    artifact: Ref
+    """Its version is not that of the model; clients may ask for either, as `chat@v2`."""
+    weight: float
+    """Share of the requests, 0 to 1, until `python -m serve.traffic` sets another."""
+    min_replicas: int = 1
+    max_replicas: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ConfigError(f"canary.weight must be between 0 and 1, got {self.weight}")
+
+
+def canary_id(model_id: str) -> str:
+    """Return the name of the deployment of a model's second version."""
+    return f"{model_id}.canary"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelDeployment:
     """One model: where it lies, how it is asked, and what it may use."""
 
@@ -146,6 +169,15 @@ class ModelDeployment:
     max_replicas: int = 1
     target_ongoing: float = 32.0
     """Requests a replica that autoscaling aims at; not used when min and max are equal."""
+    upscale_delay_s: float = 30.0
+    """How long load must last before replicas are added: loading weights takes a minute or more."""
+    downscale_delay_s: float = 600.0
+    """How long load must be less before replicas are stopped; they end what they have begun."""
+    max_surge_percent: int = 0
+    """Replicas that a rolling update starts before it stops old ones. 0 needs no more GPUs, but
+    what comes meanwhile waits in the queue if there is one replica; 100 needs twice as many."""
+    canary: Canary | None = None
+    """A second version of this model; see `serve.traffic`."""
     max_ongoing: int = 80
     """Requests in one replica; those beyond the engine's capacity wait inside it."""
     max_queued: int = 64
@@ -175,6 +207,22 @@ class ModelDeployment:
             )
         self._check_generation()
         self._check_replicas()
+        if self.canary is not None and self.canary.artifact.version == self.artifact.version:
+            raise ConfigError(
+                f"model {self.id!r}: canary.artifact has the model's own version "
+                f"{self.artifact.version!r}; name another one"
+            )
+
+    def with_canary(self, canary: Canary) -> "ModelDeployment":
+        """Return the deployment of a second version; all but its artifact is the same."""
+        return replace(
+            self,
+            id=canary_id(self.id),
+            artifact=canary.artifact,
+            min_replicas=canary.min_replicas,
+            max_replicas=canary.max_replicas,
+            canary=None,
+        )
 
     def _check_generation(self) -> None:
         if self.generation.num_beams > 1:
@@ -195,6 +243,15 @@ class ModelDeployment:
             raise ConfigError(
                 f"model {self.id!r}: max_ongoing {self.max_ongoing} is below engine.capacity "
                 f"{self.engine.capacity}, so rows of the batch would stay empty"
+            )
+        if self.upscale_delay_s <= 0 or self.downscale_delay_s <= 0:
+            raise ConfigError(
+                f"model {self.id!r}: upscale_delay_s and downscale_delay_s must be above 0"
+            )
+        if not 0 <= self.max_surge_percent <= 100:
+            raise ConfigError(
+                f"model {self.id!r}: max_surge_percent must be 0 to 100, got "
+                f"{self.max_surge_percent}"
             )
         if self.max_queued < 0 or self.num_cpus < 0 or self.num_gpus < 0 or self.threads < 1:
             raise ConfigError(
@@ -229,7 +286,7 @@ class ServeConfig:
     """Folder of a node's local disk for weights; not used when the root is local."""
 
     def __post_init__(self) -> None:
-        ids = [model.id for model in self.models]
+        ids = [model.id for model in self.deployments]
         if not ids or len(set(ids)) < len(ids):
             raise ConfigError(f"models must have ids, each once, got {', '.join(ids) or 'none'}")
         if self.auth.anonymous and self.host not in _LOOPBACK:
@@ -244,12 +301,24 @@ class ServeConfig:
             )
 
     @property
+    def deployments(self) -> tuple[ModelDeployment, ...]:
+        """The models and their canaries."""
+        canaries = self.canaries.items()
+        by_id = {model.id: model for model in self.models}
+        return (*self.models, *(by_id[one].with_canary(canary) for one, canary in canaries))
+
+    @property
+    def canaries(self) -> dict[str, Canary]:
+        """The second versions, by the id of their model."""
+        return {model.id: model.canary for model in self.models if model.canary is not None}
+
+    @property
     def max_ingress_ongoing(self) -> int:
         """Requests in one ingress: all that models take or queue, and some that are refused.
 
         So it is a model's queue that runs full, and the client gets our 503, not a bare one.
         """
-        taken = sum(one.max_replicas * one.max_ongoing + one.max_queued for one in self.models)
+        taken = sum(one.max_replicas * one.max_ongoing + one.max_queued for one in self.deployments)
         return taken + 32
 
 

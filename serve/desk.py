@@ -5,6 +5,7 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 from ray.exceptions import RayActorError
@@ -14,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.keys import Key, Quota
 from serve.protocol import ApiError
 from serve.quota import Quotas, Refusal, Ticket, day_of
+from serve.traffic import Weights
 from sg4v_ray.core.storage import STORAGE_ERRORS, Storage
 
 _log = logging.getLogger(__name__)
@@ -26,9 +28,16 @@ _RETRY_AFTER_S: Final = 1
 class QuotaDesk:
     """Ray Serve deployment of one replica. What keys used today survives it, where it may save."""
 
-    def __init__(self, *, longest_request_s: float, state: str | None) -> None:
+    def __init__(
+        self,
+        *,
+        longest_request_s: float,
+        state: str | None,
+        canaries: Mapping[str, tuple[str, float]],
+    ) -> None:
         self._quotas = Quotas(longest_request_s=longest_request_s)
         self._home = None if state is None else Storage(state)
+        self._weights = Weights(canaries, self._home)
         self._before = self._load()
         self._is_saved = True
         self._saving: asyncio.Task[None] | None = None
@@ -50,6 +59,19 @@ class QuotaDesk:
         """See `Quotas.leave`."""
         self._quotas.leave(name, number, tokens)
         self._save_soon()
+
+    async def weights(self) -> dict[str, float]:
+        """Return the weight of each canary, by model."""
+        return self._weights.found()
+
+    async def shift(self, model_id: str, weight: float) -> bool:
+        """Set the weight of a canary; False if it cannot be kept."""
+        try:
+            await asyncio.to_thread(self._weights.shift, model_id, weight)
+        except STORAGE_ERRORS as error:
+            _log.error("the weight of %s is not changed: it cannot be kept: %s", model_id, error)
+            return False
+        return True
 
     def _today(self, name: str, now: float) -> int:
         day, tokens = self._before.get(name, (0, 0))
@@ -110,11 +132,30 @@ class DeskHandle:
         except ApiError as error:
             _log.warning("request %d of %s is not ended: %s", number, key.name, error)
 
+    async def weights(self) -> dict[str, float] | None:
+        """Return the weight of each canary; None if the desk cannot be reached."""
+        try:
+            found: dict[str, float] = await self._ask("weights")
+        except ApiError as error:
+            _log.warning("canaries keep the weights that they had: %s", error.__cause__)
+            return None
+        return found
+
+    async def shift(self, model_id: str, weight: float) -> None:
+        """Set the weight of a canary.
+
+        Raises:
+            ApiError: 503, the desk cannot be reached, or cannot keep it.
+        """
+        if not await self._ask("shift", model_id, weight):
+            raise _unavailable("the weight cannot be kept in auth.state; the log says why")
+
     async def _ask(self, method: str, *args: object) -> Any:
         try:
             return await getattr(self._handle, method).remote(*args)
         except (BackPressureError, DeploymentUnavailableError, RayActorError) as error:
-            raise ApiError(
-                503, "quotas cannot be looked up now; try again", code="unavailable",
-                retry_after_s=_RETRY_AFTER_S,
-            ) from error  # fmt: skip
+            raise _unavailable("quotas cannot be looked up now; try again") from error
+
+
+def _unavailable(message: str) -> ApiError:
+    return ApiError(503, message, code="unavailable", retry_after_s=_RETRY_AFTER_S)

@@ -25,7 +25,7 @@ from serve.visit import VISIT, Desk, Visit, too_many
 _REQUEST_ID: Final = "x-request-id"
 _CLEAN_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _LONGEST_KEY: Final = 512
-_SCOPES: Final[Mapping[str, KeyScope]] = {"/health": "metrics"}
+_SCOPES: Final[Mapping[str, KeyScope]] = {"/health": "metrics", "/admin": "admin"}
 """What a path needs that is not for inference, with all below it."""
 
 

@@ -15,14 +15,16 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.answer import Piece
-from serve.config import Auth, Limits
+from serve.config import Auth, Canary, Limits, canary_id
 from serve.desk import DeskHandle
 from serve.guard import Guard
 from serve.protocol import ApiError
 from serve.replica import Served
 from serve.request import ChatModel, Job
-from serve.routes import Entry, Routes
+from serve.routes import Routes
 from serve.telemetry import RayTelemetry, write_lines
+from serve.traffic import SharedWeights
+from serve.versions import Entry
 from sg4v_ray.core.errors import EngineError
 
 _FILES: Final = ("config.json", "tokenizer.json")
@@ -116,6 +118,11 @@ class Handles:
         }
 
 
+def _entry(served: Served, cache: str) -> Entry:
+    model = ChatModel.open(served.config, served.localise(cache, *_FILES))
+    return Entry(model, served.created, served.fingerprint)
+
+
 @serve.ingress()
 class Ingress:
     """Ray Serve deployment: parse, decode, tokenise, route."""
@@ -129,18 +136,22 @@ class Ingress:
         auth: Auth,
         limits: Limits,
         cache: str,
+        canaries: dict[str, Canary],
     ) -> None:
-        entries = {}
-        for one in models:
-            folder = one.localise(cache, *_FILES)
-            model = ChatModel.open(one.config, folder)
-            entries[one.config.id] = Entry(model, one.created, one.fingerprint)
-        self._routes = Routes(entries, Handles(handles), limits)
+        found = {one.config.id: _entry(one, cache) for one in models}
+        seconds, books = {one: canary_id(one) for one in canaries}, DeskHandle(desk)
+        self._routes = Routes(
+            {one: entry for one, entry in found.items() if one not in seconds.values()},
+            Handles(handles),
+            limits,
+            canaries={model_id: found[one] for model_id, one in seconds.items()},
+            traffic=SharedWeights(books, {one: canary.weight for one, canary in canaries.items()}),
+        )
         write_lines()
         self._guarded = partial(
             Guard,
             ring=auth.ring(),
-            desk=DeskHandle(desk),
+            desk=books,
             telemetry=RayTelemetry(),
             echoes_id=False,
         )

@@ -33,7 +33,7 @@ from sg4v_ray.core.errors import ConfigError, Sg4vError
 _log = logging.getLogger(__name__)
 
 Scope = Literal["inference", "metrics", "admin"]
-"""`inference`: models, chat, captions. `metrics`: health. `admin`: nothing yet."""
+"""`inference`: models, chat, captions. `metrics`: health. `admin`: the weights of canaries."""
 _PREFIX: Final = "sg4v-"
 _SECRET_BYTES: Final = 32
 _HASH: Final = re.compile(r"[0-9a-f]{64}")

@@ -6,11 +6,12 @@ from typing import Any, Final
 
 from pydantic.json_schema import models_json_schema
 
+from serve.admin import Shift
 from serve.captions import CaptionRequest
 from serve.protocol import ChatRequest, neutral_fields
 
 _REFS: Final = "#/components/schemas/{model}"
-_MODELS: Final = (ChatRequest, CaptionRequest)
+_MODELS: Final = (ChatRequest, CaptionRequest, Shift)
 _TEXT: Final = {"type": "string"}
 _FILE: Final = {"type": "string", "format": "binary"}
 _COUNT: Final = {"type": "integer", "minimum": 0}
@@ -79,6 +80,13 @@ def _paths(captions: Mapping[str, Any]) -> dict[str, Any]:
         **{
             f"/health/{kind}": {"get": _health(kind)}
             for kind in ("live", "ready", "deep")
+        },
+        "/admin/traffic": {
+            "get": _operation("traffic", "Traffic", ("401", "403", "429", "503")),
+            "post": _operation(
+                "shift", "Traffic", ("400", "401", "403", "404", "408", "413", "415", "429", "503"),
+                body={"application/json": _ref("Shift")},
+            ),
         },
         "/openapi.json": {"get": _operation("openapi", None, ("401", "403", "429", "503"))},
     }  # fmt: skip
@@ -167,6 +175,10 @@ def _answers() -> dict[str, Any]:
             **head, object={"const": "chat.completion"}, choices=_list(choice), usage=usage
         ),
         "Captions": _object(**head, object={"const": "list"}, data=_list(caption), usage=usage),
+        "Traffic": _object(
+            object={"const": "list"},
+            data=_list(_object(model=_TEXT, stable=_TEXT, canary=_TEXT, weight={"type": "number"})),
+        ),
         "Health": {
             "type": "object",
             "required": ["status"],

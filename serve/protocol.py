@@ -6,6 +6,7 @@ known to change nothing here are ignored. Anything else is an error, as it is at
 """
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -21,7 +22,6 @@ _IGNORED: Final = frozenset(
 """Fields that change nothing here, whatever they say."""
 
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "n": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
@@ -158,6 +158,7 @@ class ChatRequest(BaseModel):
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=256)]] | None, BeforeValidator(as_list)
     ] = Field(default=None, max_length=4)
+    n: int | None = Field(default=None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -230,19 +231,36 @@ def usage(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
 
 
 def completion(
-    head: dict[str, Any], *, text: str, finish_reason: str | None, used: dict[str, int]
+    head: dict[str, Any], said: Sequence[tuple[str, str | None]], *, used: dict[str, int]
 ) -> dict[str, Any]:
-    """Return a whole answer. `head` holds id, created, model and system_fingerprint."""
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": used}
+    """Return a whole answer.
+
+    Args:
+        head: id, created, model and system_fingerprint.
+        said: the text of each choice and why it ended.
+        used: see `usage`.
+    """
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": finish_reason,
+        }
+        for index, (text, finish_reason) in enumerate(said)
+    ]
+    return {**head, "object": "chat.completion", "choices": choices, "usage": used}
 
 
 def chunk(
-    head: dict[str, Any], delta: dict[str, str], *, finish_reason: str | None = None
+    head: dict[str, Any],
+    delta: dict[str, str],
+    *,
+    index: int = 0,
+    finish_reason: str | None = None,
 ) -> dict[str, Any]:
     """Return one piece of a streamed answer."""
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
     return {**head, "object": "chat.completion.chunk", "choices": [choice]}
 
 

@@ -35,11 +35,6 @@ class Job:
     num_prompt_tokens: int
     """With every image expanded to the tokens it takes."""
 
-    @property
-    def max_tokens(self) -> int:
-        """Prompt and answer together, at most."""
-        return self.num_prompt_tokens + self.request.generation.max_tokens
-
 
 @dataclass(frozen=True, slots=True)
 class ChatModel:
@@ -90,6 +85,8 @@ def to_request(
     Raises:
         ApiError: the messages are no conversation, an image is refused, or the prompt is too long.
     """
+    if (body.n or 1) > limits.max_n:
+        raise bad_request(f"n: this server gives at most {limits.max_n} answers", param="n")
     if len(body.messages) > limits.max_messages:
         raise bad_request(f"more than {limits.max_messages} messages", param="messages")
     images = [

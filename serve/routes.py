@@ -2,13 +2,9 @@
 """The HTTP routes, without Ray: bodies are read within limits, errors look like OpenAI's."""
 
 import asyncio
-import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Final, Protocol
 
@@ -18,7 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from serve import protocol
+from serve.admin import Admin
 from serve.answer import Piece
+from serve.body import JSON, read_body
 from serve.captions import (
     MULTIPART,
     CaptionRequest,
@@ -29,22 +27,22 @@ from serve.captions import (
     pick,
     read_form,
 )
+from serve.choices import Listener, all_of, events, jobs_for, merged
 from serve.config import Limits
 from serve.openapi import document
 from serve.protocol import ApiError, ChatRequest
-from serve.request import ChatModel, Job, media_urls, to_request
+from serve.request import Job, media_urls, to_request
+from serve.versions import Entry, Fixed, Traffic, Versions
 from serve.visit import CLIENT_CLOSED, Visit, visit_of
-from sg4v_ray.core.fetch import Fetcher
+from sg4v_ray.core.fetch import ByteBudget, Fetcher
 from sg4v_ray.core.images import Rejected
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.engine import Request as EngineRequest
 
-_log = logging.getLogger(__name__)
 Fetched = Mapping[str, bytes | Rejected]
 """What was found at each address of an image."""
 _PROBE_S: Final = 20.0
 """Longer than a busy engine takes for a token, shorter than probes of clusters wait."""
-_JSON: Final = "application/json"
 
 
 class Backend(Protocol):
@@ -60,36 +58,29 @@ class Backend(Protocol):
         """Say of each model whether something runs that would answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A model of the list."""
-
-    model: ChatModel
-    created: int
-    fingerprint: str
-
-    def card(self) -> dict[str, Any]:
-        """Return what /v1/models says of it."""
-        config = self.model.config
-        return protocol.model_card(
-            config.id, created=self.created, max_model_len=config.engine.max_model_len
-        )
-
-    def head(self) -> dict[str, Any]:
-        """Return the fields that every object of one answer shares."""
-        return {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": self.model.config.id,
-            "system_fingerprint": self.fingerprint,
-        }
-
-
 class Routes:
     """The handlers; `app` puts them behind their paths."""
 
-    def __init__(self, entries: Mapping[str, Entry], backend: Backend, limits: Limits) -> None:
-        self._entries, self._backend, self._limits = entries, backend, limits
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        backend: Backend,
+        limits: Limits,
+        *,
+        canaries: Mapping[str, Entry] | None = None,
+        traffic: Traffic | None = None,
+    ) -> None:
+        """Serve models from a backend.
+
+        Args:
+            entries: the models, by the ids that clients write.
+            backend: who runs jobs.
+            limits: of one request.
+            canaries: other versions of some of them, by the same ids.
+            traffic: who keeps the weights of the canaries; None keeps them here.
+        """
+        self._versions = Versions(entries, canaries or {}, traffic or Fixed())
+        self._backend, self._limits = backend, limits
         self._fetcher: Fetcher | None = None
         self._document = document(metadata.version("sg4v-ray"))
         self._pool = ThreadPoolExecutor(limits.decode_threads, thread_name_prefix="decode")
@@ -105,6 +96,7 @@ class Routes:
         app.add_api_route("/health/live", self.live, methods=["GET"])
         app.add_api_route("/health/ready", self.ready, methods=["GET"], response_model=None)
         app.add_api_route("/health/deep", self.deep, methods=["GET"], response_model=None)
+        Admin(self._versions, self._limits).add_to(app)
         app.add_exception_handler(ApiError, _on_api_error)
         app.add_exception_handler(HTTPException, _on_http_error)
         app.add_exception_handler(ClientDisconnect, _on_disconnect)
@@ -113,11 +105,11 @@ class Routes:
 
     async def models(self) -> dict[str, Any]:
         """GET /v1/models."""
-        return {"object": "list", "data": [one.card() for one in self._entries.values()]}
+        return {"object": "list", "data": self._versions.cards()}
 
     async def model(self, model_id: str) -> dict[str, Any]:
         """GET /v1/models/{id}."""
-        return self._entry(model_id).card()
+        return self._versions.named(model_id).card(model_id)
 
     async def live(self) -> dict[str, Any]:
         """GET /health/live: this process answers."""
@@ -129,15 +121,16 @@ class Routes:
 
     async def deep(self) -> Response:
         """GET /health/deep: every model makes a token now."""
-        found = await asyncio.gather(*(self._makes_a_token(one) for one in self._entries.values()))
-        return _health(dict(zip(self._entries, found, strict=True)))
+        every = self._versions.every()
+        found = await asyncio.gather(*(self._makes_a_token(one) for one in every))
+        return _health({one.deployment: is_well for one, is_well in zip(every, found, strict=True)})
 
     async def _makes_a_token(self, entry: Entry) -> bool:
         ids = (entry.model.conversation.bos_token_id,)
         probe = EngineRequest(token_ids=ids, images=(), generation=Generation(max_tokens=1))
         try:
             async with asyncio.timeout(_PROBE_S):
-                await self._backend.complete(entry.model.config.id, Job(probe, (), 1))
+                await self._backend.complete(entry.deployment, Job(probe, (), 1))
         except (ApiError, TimeoutError):
             return False
         return True
@@ -152,26 +145,28 @@ class Routes:
         loop = asyncio.get_running_loop()
         visit, began = visit_of(http.state), time.monotonic()
         body = await loop.run_in_executor(self._pool, protocol.parse, data)
+        entry, n = await self._versions.draw(body.model), body.n or 1
         fetched = await self._fetched([body], visit)
-        entry, job = await loop.run_in_executor(self._pool, self._prepare, body, fetched)
+        job = await loop.run_in_executor(self._pool, self._prepare, entry, body, fetched)
         visit.prepare_s = time.monotonic() - began
-        await _begin(visit, entry, [job])
+        await _begin(visit, body.model, entry, [job], n=n)
         if body.stream:
             return await self._streamed(body, entry, job, visit)
-        piece = await self._backend.complete(entry.model.config.id, job)
-        visit.hear(piece.num_tokens, piece.finish_reason)
+        jobs = jobs_for(job, n)
+        pieces = await all_of([self._backend.complete(entry.deployment, one) for one in jobs])
+        made = sum(one.num_tokens for one in pieces)
+        visit.hear(made, pieces[-1].finish_reason)
         answer = protocol.completion(
-            entry.head(),
-            text=piece.text,
-            finish_reason=piece.finish_reason,
-            used=protocol.usage(job.num_prompt_tokens, piece.num_tokens),
+            entry.head(body.model),
+            [(one.text, one.finish_reason) for one in pieces],
+            used=protocol.usage(job.num_prompt_tokens, made),
         )
         return JSONResponse(answer)
 
     async def captions(self, http: Request) -> Response:
         """POST /v1/captions."""
         limits = self._limits
-        kinds = (_JSON, MULTIPART)
+        kinds = (JSON, MULTIPART)
         data = await read_body(http, limits, kinds=kinds)
         sent, visit = http.headers["content-type"], visit_of(http.state)
         loop, began = asyncio.get_running_loop(), time.monotonic()
@@ -182,26 +177,28 @@ class Routes:
             body = await loop.run_in_executor(self._pool, parse_form, files, fields)
         else:
             body = await loop.run_in_executor(self._pool, parse_json, data)
-        entry, asked = self._captioner(body)
+        model_id, asked = self._captioner(body)
+        entry = await self._versions.draw(model_id)
         fetched = await self._fetched(asked, visit)
         jobs = await loop.run_in_executor(self._pool, self._prepare_captions, entry, asked, fetched)
         visit.prepare_s = time.monotonic() - began
-        await _begin(visit, entry, jobs)
-        pieces = await _all([self._backend.complete(entry.model.config.id, job) for job in jobs])
+        await _begin(visit, model_id, entry, jobs)
+        pieces = await all_of([self._backend.complete(entry.deployment, job) for job in jobs])
         visit.hear(sum(one.num_tokens for one in pieces), pieces[-1].finish_reason)
-        made = answer_of(entry.head(), jobs, pieces, body=body, model=entry.model)
+        made = answer_of(entry.head(model_id), jobs, pieces, body=body, model=entry.model)
         return JSONResponse(made)
 
-    def _captioner(self, body: CaptionRequest) -> tuple[Entry, list[ChatRequest]]:
+    def _captioner(self, body: CaptionRequest) -> tuple[str, list[ChatRequest]]:
         most = self._limits.max_caption_images
         if len(body.images) > most:
             raise protocol.bad_request(
                 f"{len(body.images)} images; this server takes at most {most} a call",
                 param="images",
             )
-        asked = {name: one.model.config.instruction for name, one in self._entries.items()}
-        entry = self._entry(pick(body.model, asked))
-        return entry, chats(body, entry.model.config.id)
+        stable = self._versions.stable
+        asked = {name: one.model.config.instruction for name, one in stable.items()}
+        model_id = pick(body.model, asked)
+        return model_id, chats(body, model_id)
 
     def _prepare_captions(
         self, entry: Entry, asked: Sequence[ChatRequest], fetched: Fetched
@@ -223,67 +220,35 @@ class Routes:
         visit.fetched, urls = len(named), list(dict.fromkeys(named))
         if self._fetcher is None:
             self._fetcher = Fetcher(self._limits.fetching())
-        most = self._limits.image.max_bytes
-        found = await asyncio.gather(*(self._fetcher.get(url, max_bytes=most) for url in urls))
+        get, most = self._fetcher.get, self._limits.image.max_bytes
+        # What lies at addresses takes no more memory than what is sent.
+        budget = ByteBudget(left=self._limits.max_body_bytes)
+        found = await asyncio.gather(*(get(url, max_bytes=most, budget=budget) for url in urls))
         return dict(zip(urls, found, strict=True))
 
-    def _prepare(self, body: ChatRequest, fetched: Fetched) -> tuple[Entry, Job]:
-        entry = self._entry(body.model)
-        return entry, to_request(body, model=entry.model, limits=self._limits, fetched=fetched)
-
-    def _entry(self, model_id: str) -> Entry:
-        if model_id not in self._entries:
-            raise ApiError(
-                404,
-                f"no model {model_id!r} here; GET /v1/models lists what there is",
-                param="model",
-                code="model_not_found",
-            )
-        return self._entries[model_id]
+    def _prepare(self, entry: Entry, body: ChatRequest, fetched: Fetched) -> Job:
+        return to_request(body, model=entry.model, limits=self._limits, fetched=fetched)
 
     async def _streamed(self, body: ChatRequest, entry: Entry, job: Job, visit: Visit) -> Response:
         # The first piece is awaited before the headers: a full queue is still a plain 503.
-        pieces = self._backend.stream(entry.model.config.id, job)
+        jobs, heard = jobs_for(job, body.n or 1), Listener(visit)
+        pieces = merged([self._backend.stream(entry.deployment, one) for one in jobs])
         first = await anext(pieces)
-        visit.hear(first.num_tokens, first.finish_reason)
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        counted = _counted(pieces, visit)
-        events = _events(first, counted, entry.head(), job, with_usage=with_usage)
+        heard.hear(*first)
+        lines = events(
+            pieces,
+            first,
+            entry.head(body.model),
+            n=len(jobs),
+            prompt=job.num_prompt_tokens,
+            heard=heard,
+            with_usage=bool(body.stream_options and body.stream_options.include_usage),
+        )
         return StreamingResponse(
-            events,
+            lines,
             media_type="text/event-stream",
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
         )
-
-
-async def read_body(http: Request, limits: Limits, *, kinds: tuple[str, ...] = (_JSON,)) -> bytes:
-    """Read a body, counting the bytes that arrive and not those that were announced.
-
-    Raises:
-        ApiError: 408, it did not come in time; 413, it is too large; 415, it is declared to be of
-            another kind. A web page of somebody else can send forms without asking, but no JSON,
-            and no key.
-    """
-    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in kinds:
-        raise ApiError(415, f"the body must have the content type {' or '.join(kinds)}")
-    max_bytes = limits.max_body_bytes
-    too_large = ApiError(413, f"the body has more than {max_bytes} bytes", code="body_too_large")
-    announced = http.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            async for data in http.stream():
-                body += data
-                if len(body) > max_bytes:
-                    raise too_large
-    except TimeoutError:
-        raise ApiError(
-            408, f"the body took longer than {limits.body_timeout_s:g} s", code="body_too_slow"
-        ) from None
-    return bytes(body)
 
 
 def _health(models: Mapping[str, bool]) -> Response:
@@ -294,75 +259,19 @@ def _health(models: Mapping[str, bool]) -> Response:
     return JSONResponse(body, 200 if is_well else 503, headers)
 
 
-async def _all(asked: Sequence[Coroutine[Any, Any, Piece]]) -> list[Piece]:
-    """Return all answers; the first that fails ends the others in the engine."""
-    failed: list[ApiError] = []
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in asked]
-    except* ApiError as errors:
-        failed += [one for one in errors.exceptions if isinstance(one, ApiError)]
-    if failed:
-        raise failed[0]
-    return [one.result() for one in tasks]
-
-
-async def _begin(visit: Visit, entry: Entry, jobs: Sequence[Job]) -> None:
-    """Book what jobs can use, and note what they are: from here on the engine works.
+async def _begin(
+    visit: Visit, model_id: str, entry: Entry, jobs: Sequence[Job], *, n: int = 1
+) -> None:
+    """Book what `n` answers to each job can use: from here on the engine works.
 
     Raises:
         ApiError: 429, the key may not.
     """
-    visit.model = entry.model.config.id
+    visit.model, visit.version = model_id, entry.version
     visit.images = sum(len(one.request.images) for one in jobs)
-    await visit.book(sum(one.max_tokens for one in jobs))
-    visit.prompt_tokens = sum(one.num_prompt_tokens for one in jobs)
-
-
-async def _counted(
-    pieces: AsyncGenerator[Piece, None], visit: Visit
-) -> AsyncGenerator[Piece, None]:
-    """Yield the same; what was made until a client goes away is what its key has used."""
-    async with aclosing(pieces) as opened:
-        async for piece in opened:
-            visit.hear(piece.num_tokens, piece.finish_reason)
-            yield piece
-
-
-async def _events(
-    first: Piece,
-    pieces: AsyncGenerator[Piece, None],
-    head: dict[str, Any],
-    job: Job,
-    *,
-    with_usage: bool,
-) -> AsyncGenerator[str, None]:
-    """Yield server-sent events; an error after the headers is an event and no [DONE] follows."""
-    blank = {"usage": None} if with_usage else {}
-
-    def events(piece: Piece) -> str:
-        text = ""
-        if piece.text:
-            text += protocol.event({**protocol.chunk(head, {"content": piece.text}), **blank})
-        if piece.finish_reason is not None:
-            end = protocol.chunk(head, {}, finish_reason=piece.finish_reason)
-            text += protocol.event({**end, **blank})
-        return text
-
-    async with aclosing(pieces) as opened:
-        role = protocol.chunk(head, {"role": "assistant", "content": ""})
-        last = first
-        yield protocol.event({**role, **blank}) + events(first)
-        try:
-            async for last in opened:
-                yield events(last)
-        except ApiError as error:
-            yield protocol.event(error.body())
-            return
-    if with_usage:
-        used = protocol.usage(job.num_prompt_tokens, last.num_tokens)
-        yield protocol.event({**protocol.chunk(head, {}), "choices": [], "usage": used})
-    yield protocol.DONE
+    prompt = sum(one.num_prompt_tokens for one in jobs)
+    await visit.book(prompt + n * sum(one.request.generation.max_tokens for one in jobs))
+    visit.prompt_tokens = prompt
 
 
 async def _on_api_error(_: Request, error: Exception) -> Response:

@@ -72,7 +72,7 @@ class RayTelemetry(LogOnly):
         self._open -= 1
         self._in_flight.set(self._open)
         status = status_of(visit)
-        labels = {"route": visit.route, "model": visit.model}
+        labels = {"route": visit.route, "model": visit.model, "version": visit.version}
         more = {"status": str(status), "finish_reason": visit.finish_reason or "none"}
         self._requests.inc(1, labels | more)
         if reason := _REASONS.get(status):
@@ -84,7 +84,7 @@ class RayTelemetry(LogOnly):
             self._count_work(visit, labels)
 
     def _count_work(self, visit: Visit, labels: dict[str, str]) -> None:
-        model = {"model": visit.model}
+        model = {"model": visit.model, "version": visit.version}
         for counter, amount in ((self._prompt, visit.prompt_tokens), (self._made, visit.made)):
             if amount:
                 counter.inc(amount, model)
@@ -119,6 +119,7 @@ def line(visit: Visit) -> dict[str, Any]:
         "key": visit.key.name if visit.key is not None else None,
         "route": visit.route,
         "model": visit.model or None,
+        "version": visit.version or None,
         "status": status_of(visit),
         "finish_reason": visit.finish_reason,
         "images": visit.images,

@@ -47,6 +47,8 @@ class Visit:
     route: str = "none"
     """The path as it is declared, so that labels are few."""
     model: str = ""
+    version: str = ""
+    """Which artifact answers."""
     images: int = 0
     fetched: int = 0
     """Of the images, those that came from an address."""

@@ -64,6 +64,18 @@ class FetchConfig:
                 )
 
 
+@dataclass(kw_only=True, slots=True)
+class ByteBudget:
+    """Bytes that several fetches may read together."""
+
+    left: int
+
+    def take(self, size: int) -> bool:
+        """Take so many; False if there are no more."""
+        self.left -= size
+        return self.left >= 0
+
+
 class _Refused(Exception):
     """This URL will never be fetched under this config."""
 
@@ -88,12 +100,20 @@ class Fetcher:
             network_backend=_CheckedAddresses(config),
         )
 
-    async def get(self, url: str, *, max_bytes: int) -> bytes | Rejected:
-        """Return the body of a URL, or why there is none. Never raises for what a server does."""
+    async def get(
+        self, url: str, *, max_bytes: int, budget: ByteBudget | None = None
+    ) -> bytes | Rejected:
+        """Return the body of a URL, or why there is none. Never raises for what a server does.
+
+        Args:
+            url: where to look.
+            max_bytes: of this body.
+            budget: of all bodies that are fetched with it; what is read twice counts twice.
+        """
 
         async def once() -> bytes:
             async with asyncio.timeout(self._config.timeout_s):
-                return await self._follow(url, max_bytes)
+                return await self._follow(url, max_bytes, budget)
 
         try:
             return await retrying(
@@ -119,10 +139,10 @@ class Fetcher:
         """Close all connections."""
         await self._pool.aclose()
 
-    async def _follow(self, url: str, max_bytes: int) -> bytes:
+    async def _follow(self, url: str, max_bytes: int, budget: ByteBudget | None) -> bytes:
         here = self._checked(url)
         for _ in range(self._config.max_redirects + 1):
-            body, target = await self._one(here, max_bytes)
+            body, target = await self._one(here, max_bytes, budget)
             if target is None:
                 return body
             here = self._checked(target, here)
@@ -149,7 +169,9 @@ class Fetcher:
             raise _Refused(Reject.HOST_NOT_ALLOWED, detail)
         return found
 
-    async def _one(self, url: httpx.URL, max_bytes: int) -> tuple[bytes, str | None]:
+    async def _one(
+        self, url: httpx.URL, max_bytes: int, budget: ByteBudget | None
+    ) -> tuple[bytes, str | None]:
         """Return a body, or where a redirect leads."""
         # Its parts, not its text: that would be parsed again, by another parser than was checked.
         place = httpcore.URL(
@@ -178,6 +200,8 @@ class Fetcher:
                 body += chunk
                 if len(body) > max_bytes:
                     raise _Refused(Reject.TOO_MANY_BYTES, f"over {max_bytes} bytes, the limit")
+                if budget is not None and not budget.take(len(chunk)):
+                    raise _Refused(Reject.TOO_MANY_BYTES, "too many bytes with those beside it")
             return bytes(body), None
 
 

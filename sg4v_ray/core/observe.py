@@ -66,7 +66,8 @@ TRAIN_ROLLBACKS = Metric(
 TRAIN_REJECTED = Metric("sg4v_train_rejected", "gauge", "samples that weigh nothing", ("artifact",))
 
 # As vLLM and the OpenAI-compatible servers name them, so that dashboards need no second vocabulary.
-_ASKED = ("route", "model")
+_ASKED = ("route", "model", "version")
+_BY = ("model", "version")
 _SHORT_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _LONG_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0)
 SERVE_REQUESTS = Metric(
@@ -79,8 +80,8 @@ SERVE_CANCELLED = Metric(
     "sg4v_serve_requests_cancelled", "counter", "requests whose client went away", _ASKED
 )
 SERVE_IN_FLIGHT = Metric("sg4v_serve_requests_in_flight", "gauge", "requests that are open")
-SERVE_PROMPT_TOKENS = Metric("sg4v_serve_prompt_tokens", "counter", "tokens of prompts", ("model",))
-SERVE_TOKENS = Metric("sg4v_serve_generation_tokens", "counter", "tokens generated", ("model",))
+SERVE_PROMPT_TOKENS = Metric("sg4v_serve_prompt_tokens", "counter", "tokens of prompts", _BY)
+SERVE_TOKENS = Metric("sg4v_serve_generation_tokens", "counter", "tokens generated", _BY)
 SERVE_IMAGES = Metric("sg4v_serve_images", "counter", "images decoded", ("source",))
 SERVE_TTFT_S = Metric(
     "sg4v_serve_time_to_first_token_seconds", "histogram", "from arrival to text", _ASKED, _SHORT_S

@@ -14,7 +14,8 @@ from serve.answer import Piece, answer
 from serve.config import Limits, ModelDeployment
 from serve.protocol import ApiError
 from serve.request import ChatModel, Job
-from serve.routes import Entry, Routes
+from serve.routes import Routes
+from serve.versions import Entry
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.fake import FakeEngine

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from sg4v_ray.core.errors import ConfigError
-from sg4v_ray.core.fetch import FetchConfig, Fetcher, is_public
+from sg4v_ray.core.fetch import ByteBudget, FetchConfig, Fetcher, is_public
 from sg4v_ray.core.images import Rejected
 from sg4v_ray.core.rejects import Reject
 from sg4v_ray.core.retry import RetryPolicy
@@ -205,3 +205,18 @@ def test_a_host_is_a_name_and_nothing_else(host: str) -> None:
 def test_a_port_that_no_host_has_is_a_reason(site: Site, port: str) -> None:
     assert reason(get(f"http://127.0.0.1:{port}")) is Reject.HTTP_ERROR
     assert reason(get(site.url(f"to/http://127.0.0.1:{port}"))) is Reject.HTTP_ERROR
+
+
+def test_several_bodies_share_one_budget(site: Site) -> None:
+    async def body() -> list[bytes | Rejected]:
+        fetcher = Fetcher(FetchConfig(allow_private_hosts=("127.0.0.1",), retry=QUICK))
+        budget = ByteBudget(left=2 * len(b"image bytes"))
+        urls = [site.url("image")] * 3
+        try:
+            return [await fetcher.get(url, max_bytes=1000, budget=budget) for url in urls]
+        finally:
+            await fetcher.close()
+
+    first, second, third = asyncio.run(body())
+    assert first == second == b"image bytes"
+    assert isinstance(third, Rejected) and third.reason is Reject.TOO_MANY_BYTES

@@ -12,7 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from serve.protocol import ApiError
-from serve.routes import Entry, Routes
+from serve.routes import Routes
+from serve.versions import Entry
 from tests.unit.serve_site import DEPLOYMENT, LIMITS, InProcess, open_model, png, uri
 
 

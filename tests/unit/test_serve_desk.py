@@ -41,11 +41,11 @@ def run(body: Callable[[], object]) -> None:
 
 def test_tokens_of_today_outlive_the_process_also_those_of_its_last_request(tmp_path: Path) -> None:
     async def body() -> None:
-        books = QuotaDesk(longest_request_s=10, state=str(tmp_path))
+        books = QuotaDesk(longest_request_s=10, state=str(tmp_path), canaries={})
         for _ in range(4):
             await use(books, 250)
         await saved(books)
-        again = QuotaDesk(longest_request_s=10, state=str(tmp_path))
+        again = QuotaDesk(longest_request_s=10, state=str(tmp_path), canaries={})
         found = await again.enter("a", DAY)
         assert isinstance(found, Refusal) and found.reason == "day"
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_saved_is_tried_again_and_refuses_nobody(
     monkeypatch.setattr(Storage, "put", full)
 
     async def body() -> None:
-        books = QuotaDesk(longest_request_s=10, state=str(tmp_path))
+        books = QuotaDesk(longest_request_s=10, state=str(tmp_path), canaries={})
         await use(books, 100)
         await saved(books)
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_saved_is_tried_again_and_refuses_nobody(
 
 def test_without_a_place_to_save_nothing_is_saved() -> None:
     async def body() -> None:
-        books = QuotaDesk(longest_request_s=10, state=None)
+        books = QuotaDesk(longest_request_s=10, state=None, canaries={})
         await use(books, 100)
         assert books._saving is None
 
