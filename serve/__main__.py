@@ -2,35 +2,54 @@
 """Serve until interrupted: `python -m serve config=serve/config.easy-vqa.yaml root=/path`."""
 
 import sys
+from typing import Any
 
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from serve.app import application
-from serve.config import read
+from serve.config import ServeConfig, Tracing, read
 from sg4v_ray.core.errors import Sg4vError
 from sg4v_ray.core.observe import set_up_logging
+from sg4v_ray.core.tracing import EXPORTER
 
 
 def main(arguments: list[str]) -> None:
     """Start HTTP as the config says, then the application."""
     set_up_logging()
-    config = read(dict(_pair(one) for one in arguments))
+    config = read(pairs(arguments))
     app = application(config)
-    http = HTTPOptions(
-        host=config.host,
-        port=config.port,
-        # Ours counts from the replica on; this one also ends waiting in queues and slow readers.
-        request_timeout_s=2 * config.limits.timeout_s,
-        keep_alive_timeout_s=65,  # longer than the 60 s of usual load balancers
+    serve.start(
+        proxy_location=ProxyLocation.EveryNode,
+        http_options=HTTPOptions(**http_options(config)),
+        tracing_config=None if config.tracing is None else tracing(config.tracing),
     )
-    serve.start(proxy_location=ProxyLocation.EveryNode, http_options=http)
     serve.run(app, name="sg4v", route_prefix="/", blocking=True)
 
 
-def _pair(argument: str) -> tuple[str, str]:
-    name, _, value = argument.partition("=")
-    return name, value
+def http_options(config: ServeConfig) -> dict[str, Any]:
+    """Return what Serve's proxies are told."""
+    return {
+        "host": config.host,
+        "port": config.port,
+        # Ours counts from the replica on; this one also ends waiting in queues and slow readers.
+        "request_timeout_s": 2 * config.limits.timeout_s,
+        "keep_alive_timeout_s": 65,  # longer than the 60 s of usual load balancers
+    }
+
+
+def tracing(config: Tracing) -> dict[str, Any]:
+    """Return what Serve is told about spans."""
+    return {
+        "enabled": True,
+        "exporter_import_path": EXPORTER,
+        "sampling_ratio": config.sampling_ratio,
+    }
+
+
+def pairs(arguments: list[str]) -> dict[str, str]:
+    """Return `name=value` arguments by name."""
+    return {name: value for name, _, value in (one.partition("=") for one in arguments)}
 
 
 if __name__ == "__main__":

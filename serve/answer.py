@@ -20,6 +20,8 @@ class Piece:
     num_tokens: int
     """All tokens made so far, those of cut text included."""
     finish_reason: FinishReason | None = None
+    waited_s: float | None = None
+    """On the first piece: how long the request waited for a replica."""
 
 
 class StopText:

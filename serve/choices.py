@@ -85,7 +85,7 @@ class Listener:
     def hear(self, index: int, piece: Piece) -> None:
         """Note a piece."""
         self._made[index] = piece.num_tokens
-        self._visit.hear(self.made, piece.finish_reason)
+        self._visit.hear(self.made, piece.finish_reason, waited_s=piece.waited_s)
 
     @property
     def made(self) -> int:

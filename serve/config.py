@@ -266,6 +266,20 @@ class ModelDeployment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tracing:
+    """Spans for an OpenTelemetry collector; `sg4v_ray.core.tracing` says which one."""
+
+    sampling_ratio: float = 0.01
+    """Share of the requests, 0 to 1, unless the caller's `traceparent` decides."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sampling_ratio <= 1:
+            raise ConfigError(
+                f"tracing.sampling_ratio must be between 0 and 1, got {self.sampling_ratio}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """One Ray Serve application."""
 
@@ -282,6 +296,8 @@ class ServeConfig:
     """CPUs that each of them reserves."""
     desk_cpus: float = 0.1
     """CPUs that the deployment reserves which keeps the books of all keys."""
+    tracing: Tracing | None = None
+    """None sends no spans."""
     cache: str = "~/.cache/sg4v-models"
     """Folder of a node's local disk for weights; not used when the root is local."""
 

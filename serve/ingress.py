@@ -3,8 +3,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -55,6 +57,10 @@ def as_api_errors() -> Iterator[None]:
         ) from None
 
 
+def _sent(job: Job) -> Job:
+    return replace(job, sent_at=time.time())
+
+
 class Handles:
     """The `Backend` that is Ray Serve."""
 
@@ -70,7 +76,7 @@ class Handles:
         An engine that dies before its first piece is noticed by nobody: another replica is asked.
         """
         for is_last in (False, True):
-            pieces, has_begun = self._pieces[model_id].remote(job), False
+            pieces, has_begun = self._pieces[model_id].remote(_sent(job)), False
             try:
                 with as_api_errors():
                     async for piece in pieces:
@@ -99,7 +105,7 @@ class Handles:
             return await self._once(model_id, job)
 
     async def _once(self, model_id: str, job: Job) -> Piece:
-        response = self._whole[model_id].remote(job)
+        response = self._whole[model_id].remote(_sent(job))
         try:
             with as_api_errors():
                 piece: Piece = await response

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -60,23 +60,26 @@ class Replica:
 
     async def stream(self, job: Job) -> AsyncGenerator[Piece, None]:
         """Yield an answer in pieces."""
+        waited_s: float | None = max(0.0, time.time() - job.sent_at)
         text = self._conversation.stream()
         pieces = answer(self._engine, job, text=text, timeout_s=self._timeout_s)
         try:
             async with aclosing(pieces) as opened:
                 async for piece in opened:
-                    yield piece
+                    yield replace(piece, waited_s=waited_s)
+                    waited_s = None
         except (EngineError, TimeoutError):
             self._suspected_at = self._engine.stats().decode_steps
             raise
 
     async def complete(self, job: Job) -> Piece:
         """Return an answer whole: one message between processes instead of hundreds."""
-        texts = []
+        found = []
         async with aclosing(self.stream(job)) as pieces:
             async for piece in pieces:
-                texts.append(piece.text)
-        return Piece("".join(texts), piece.num_tokens, piece.finish_reason)
+                found.append(piece)
+        text = "".join(one.text for one in found)
+        return replace(found[-1], text=text, waited_s=found[0].waited_s)
 
     def stats(self) -> EngineStats:
         """Return what the engine does now."""

@@ -34,6 +34,8 @@ class Job:
     """Texts that end an answer; they are not part of it."""
     num_prompt_tokens: int
     """With every image expanded to the tokens it takes."""
+    sent_at: float = 0.0
+    """When it was handed to a replica, in seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)

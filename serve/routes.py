@@ -155,7 +155,7 @@ class Routes:
         jobs = jobs_for(job, n)
         pieces = await all_of([self._backend.complete(entry.deployment, one) for one in jobs])
         made = sum(one.num_tokens for one in pieces)
-        visit.hear(made, pieces[-1].finish_reason)
+        visit.hear(made, pieces[-1].finish_reason, waited_s=pieces[0].waited_s)
         answer = protocol.completion(
             entry.head(body.model),
             [(one.text, one.finish_reason) for one in pieces],
@@ -184,9 +184,10 @@ class Routes:
         visit.prepare_s = time.monotonic() - began
         await _begin(visit, model_id, entry, jobs)
         pieces = await all_of([self._backend.complete(entry.deployment, job) for job in jobs])
-        visit.hear(sum(one.num_tokens for one in pieces), pieces[-1].finish_reason)
-        made = answer_of(entry.head(model_id), jobs, pieces, body=body, model=entry.model)
-        return JSONResponse(made)
+        made, first, last = sum(one.num_tokens for one in pieces), pieces[0], pieces[-1]
+        visit.hear(made, last.finish_reason, waited_s=first.waited_s)
+        answer = answer_of(entry.head(model_id), jobs, pieces, body=body, model=entry.model)
+        return JSONResponse(answer)
 
     def _captioner(self, body: CaptionRequest) -> tuple[str, list[ChatRequest]]:
         most = self._limits.max_caption_images

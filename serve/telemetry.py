@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
+from opentelemetry.trace import get_current_span
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from serve.visit import CLIENT_CLOSED, Visit
@@ -58,6 +59,7 @@ class RayTelemetry(LogOnly):
         self._ttft = _histogram(observe.SERVE_TTFT_S)
         self._itl = _histogram(observe.SERVE_ITL_S)
         self._e2e = _histogram(observe.SERVE_E2E_S)
+        self._queue = _histogram(observe.SERVE_QUEUE_S)
         self._prepare = _histogram(observe.SERVE_PREPARE_S)
         self._open = 0
 
@@ -69,6 +71,7 @@ class RayTelemetry(LogOnly):
     def ended(self, visit: Visit) -> None:
         """Count what came of it, and write the line."""
         super().ended(visit)
+        self._trace(visit)
         self._open -= 1
         self._in_flight.set(self._open)
         status = status_of(visit)
@@ -83,6 +86,22 @@ class RayTelemetry(LogOnly):
         if visit.model:
             self._count_work(visit, labels)
 
+    def _trace(self, visit: Visit) -> None:
+        """Say more on the span that Serve opened, in the words of OpenTelemetry for generation."""
+        span = get_current_span()
+        if span.is_recording():
+            span.set_attributes(
+                {
+                    "gen_ai.request.model": visit.model,
+                    "gen_ai.response.model": visit.version,
+                    "gen_ai.usage.input_tokens": visit.prompt_tokens,
+                    "gen_ai.usage.output_tokens": visit.made,
+                    "http.response.status_code": status_of(visit),
+                    "sg4v.request_id": visit.request_id,
+                    "sg4v.images": visit.images,
+                }
+            )
+
     def _count_work(self, visit: Visit, labels: dict[str, str]) -> None:
         model = {"model": visit.model, "version": visit.version}
         for counter, amount in ((self._prompt, visit.prompt_tokens), (self._made, visit.made)):
@@ -93,6 +112,8 @@ class RayTelemetry(LogOnly):
                 self._images.inc(images, {"source": source})
         if visit.prepare_s:
             self._prepare.observe(visit.prepare_s)
+        if visit.queue_s is not None:
+            self._queue.observe(visit.queue_s, model)
         if visit.first_token_s is not None:
             self._ttft.observe(visit.first_token_s, labels)
         for gap_s in visit.gaps_s:
@@ -125,6 +146,7 @@ def line(visit: Visit) -> dict[str, Any]:
         "images": visit.images,
         "prompt_tokens": visit.prompt_tokens,
         "completion_tokens": visit.made,
+        "queue_s": visit.queue_s and round(visit.queue_s, 4),
         "ttft_s": visit.first_token_s and round(visit.first_token_s, 4),
         "e2e_s": round(visit.seconds, 4),
     }

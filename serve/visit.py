@@ -60,6 +60,8 @@ class Visit:
     is_whole: bool = False
     """The last byte was sent."""
     prepare_s: float = 0.0
+    queue_s: float | None = None
+    """How long it waited for a replica."""
     first_token_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
@@ -87,9 +89,11 @@ class Visit:
         if refusal is not None:
             raise too_many(refusal)
 
-    def hear(self, made: int, finish_reason: str | None) -> None:
+    def hear(self, made: int, finish_reason: str | None, *, waited_s: float | None = None) -> None:
         """Note a piece of the answer: all tokens so far, and why it ends if it does."""
         now = self.seconds
+        if waited_s is not None:
+            self.queue_s = waited_s
         if self.first_token_s is None:
             self.first_token_s = now
         else:

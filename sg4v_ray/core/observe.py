@@ -92,6 +92,13 @@ SERVE_ITL_S = Metric(
 SERVE_E2E_S = Metric(
     "sg4v_serve_e2e_request_latency_seconds", "histogram", "from arrival to end", _ASKED, _LONG_S
 )
+SERVE_QUEUE_S = Metric(
+    "sg4v_serve_request_queue_time_seconds",
+    "histogram",
+    "from the ingress to a replica; clocks of nodes must agree",
+    _BY,
+    _SHORT_S,
+)
 SERVE_PREPARE_S = Metric(
     "sg4v_serve_prepare_seconds", "histogram", "to parse, fetch, decode, tokenise", (), _SHORT_S
 )

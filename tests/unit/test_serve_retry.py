@@ -13,7 +13,10 @@ from ray.serve.exceptions import BackPressureError
 from serve.answer import Piece
 from serve.ingress import Handles
 from serve.protocol import ApiError
+from serve.request import Job
+from sg4v_ray.inference.engine import Generation, Request
 
+JOB = Job(Request(token_ids=(1,), images=(), generation=Generation(max_tokens=1)), (), 1)
 FULL = BackPressureError(num_queued_requests=1, max_queued_requests=1)
 
 
@@ -53,14 +56,14 @@ class Answer:
 
 def stream(handle: Any) -> list[Piece]:
     async def run() -> list[Piece]:
-        async with aclosing(Handles({"chat": handle}).stream("chat", None)) as pieces:  # type: ignore[arg-type]
+        async with aclosing(Handles({"chat": handle}).stream("chat", JOB)) as pieces:
             return [one async for one in pieces]
 
     return asyncio.run(run())
 
 
 def whole(handle: Any) -> Piece:
-    return asyncio.run(Handles({"chat": handle}).complete("chat", None))  # type: ignore[arg-type]
+    return asyncio.run(Handles({"chat": handle}).complete("chat", JOB))
 
 
 def test_a_death_before_the_first_token_is_tried_again_once() -> None:
