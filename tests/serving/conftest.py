@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Ray and one Serve for each file of this folder; each test deploys what it needs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving.site import Server, running
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("serving"), tiny_model) as found:
+        yield found
