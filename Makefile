@@ -9,7 +9,7 @@ CPUS := --where.engine-threads 2
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-teacher show-training lock
+.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-teacher show-training show-serving package lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,7 +60,7 @@ loop-baselines: .venv/installed  ## the same without good captions: one word eac
 show-line: .venv/installed  ## everything this repository claims and a script can show
 	$(MAKE) check
 	$(MAKE) clean-demo demo
-	$(RUN) pytest -m 'not gpu and not shown and not scale and not (teacher and soak) and not (training and soak)'
+	$(RUN) pytest -m 'not gpu and not shown and not scale and not compat and not ((teacher or training or serving) and soak)'
 	$(MAKE) loop
 	$(RUN) pytest -m shown tests/shown/test_line.py
 
@@ -84,6 +84,17 @@ show-training: .venv/installed  ## what is claimed about training, weights and e
 	$(RUN) pytest -m 'training and not gpu'
 	$(RUN) jobs.bench_training --root $(ROOT)/bench-training
 	$(RUN) pytest -m shown tests/shown/test_training.py
+
+show-serving: .venv/installed  ## what is claimed about the server
+	$(MAKE) check
+	$(RUN) pytest -m serving
+	$(MAKE) compat
+	$(RUN) jobs.bench_serving --root $(ROOT)/bench-serving
+	$(RUN) pytest -m shown tests/shown/test_serving.py
+
+CONFIG := serve/config.easy-vqa.yaml
+package: .venv/installed  ## pack the server for `serve deploy`: make package CONFIG=... ROOT=/shared/runs
+	$(RUN) serve.package config=$(CONFIG) root=$(ROOT) to=dist
 
 lock: .venv/installed  ## resolve the two lock files anew
 	$(BIN)/uv pip compile requirements-cpu.in --override requirements-cpu.overrides --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-cpu.lock

@@ -81,7 +81,7 @@ class Server:
 def running(folder: Path, model: Path, *, cpus: int = 8) -> Iterator[Server]:
     """Start Ray and Serve; the caller deploys. A model lies there in two versions."""
     for version in ("v1", "v2"):
-        _commit(folder / "root", Ref(name="vlm", version=version), model)
+        commit_model(folder / "root", version, model)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -95,7 +95,9 @@ def running(folder: Path, model: Path, *, cpus: int = 8) -> Iterator[Server]:
         ray.shutdown()
 
 
-def _commit(root: Path, ref: Ref, folder: Path) -> None:
+def commit_model(root: Path, version: str, folder: Path) -> None:
+    """Make a model folder the artifact `vlm`."""
+    ref = Ref(name="vlm", version=version)
     storage, config = Storage(str(root)), {"made": f"for a test, {ref}"}
     home = begin(storage, ref, config)
     with hold(home) as lease:

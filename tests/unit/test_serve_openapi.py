@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The OpenAPI document is what the application does, shown with generated requests.
 
-The engine is fake. The soak case sends 1,000 requests to each of five operations.
+The engine is fake. `tests/serving` sends 5,000 through Ray Serve.
 """
 
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from jsonschema_rs import meta
@@ -47,24 +46,27 @@ def test_the_document_is_valid_and_every_reference_leads_somewhere() -> None:
     schemathesis.openapi.from_dict(made)
 
 
-@pytest.mark.parametrize(
-    "examples", [50, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(3000)])]
-)
-def test_no_request_breaks_the_application_or_its_document(tiny_model: Path, examples: int) -> None:
-    schema = schemathesis.openapi.from_asgi(
-        "/openapi.json", application(tiny_model, Auth(anonymous=True))
-    )
+def hold(schema: Any, *, examples: int, **how: Any) -> Counter[int]:
+    """Send so many requests to each operation; return how often each status came back."""
     statuses: Counter[int] = Counter()
     for found in schema.get_all_operations():
 
         @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
         @given(case=found.ok().as_strategy())
         def holds(case: Any) -> None:
-            response = case.call()
+            response = case.call(**how)
             case.validate_response(response, checks=CHECKS)
             statuses[response.status_code] += 1
 
         holds()
+    return statuses
+
+
+def test_no_request_breaks_the_application_or_its_document(tiny_model: Path) -> None:
+    schema = schemathesis.openapi.from_asgi(
+        "/openapi.json", application(tiny_model, Auth(anonymous=True))
+    )
+    statuses = hold(schema, examples=50)
     assert statuses[200] and statuses[400], "some get through, some do not"
     assert not statuses[503], "one client is no load"
 

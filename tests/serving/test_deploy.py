@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m serve.package`, then `serve deploy` on a cluster behind a token, spans included."""
+
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.serving.site import CHAT, MODEL, ask, commit_model, eventually
+from tests.soak.test_job_submit import free_port, head_node
+
+pytestmark = [pytest.mark.serving, pytest.mark.soak, pytest.mark.timeout(900)]
+BIN = Path(sys.executable).parent
+
+
+class Collector(http.server.ThreadingHTTPServer):
+    """An OpenTelemetry collector that keeps the attributes of each span."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Spans)
+        self.spans: list[dict[str, Any]] = []
+
+
+class _Spans(http.server.BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    values = {one.key: one.value for one in span.attributes}
+                    self.server.spans.append(
+                        {key: one.string_value or one.int_value for key, one in values.items()}
+                    )
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+
+
+def config_file(folder: Path, port: str, **model: Any) -> Path:
+    file = folder / "config.yaml"
+    whole = {
+        "auth": {"anonymous": True},
+        "port": int(port),
+        "tracing": {"sampling_ratio": 1.0},
+        "ingress_cpus": 0.1,
+        "models": [{**MODEL, **model}],
+    }
+    file.write_text(yaml.safe_dump(whole))
+    return file
+
+
+def deploy(environment: dict[str, str], folder: Path, config: Path) -> None:
+    arguments = [f"config={config}", f"root={folder / 'root'}", f"to={folder / 'dist'}"]
+    for command in (
+        [sys.executable, "-m", "serve.package", *arguments],
+        [str(BIN / "serve"), "deploy", str(folder / "dist" / "serve.yaml")],
+    ):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_packaged_server_is_deployed_changed_and_traced(
+    tmp_path: Path, tiny_model: Path, collector: Collector
+) -> None:
+    commit_model(tmp_path / "root", "v1", tiny_model)
+    commit_model(tmp_path / "root", "v2", tiny_model)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    told = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_address[1]}"}
+
+    def fingerprint() -> str | None:
+        try:
+            answer = httpx.post(f"{url}{CHAT}", json=ask("Say", max_tokens=2), timeout=60)
+        except httpx.ConnectError:
+            return None
+        return answer.json()["system_fingerprint"] if answer.is_success else None
+
+    with head_node(told) as environment:
+        environment |= {"RAY_DASHBOARD_ADDRESS": environment["RAY_API_SERVER_ADDRESS"]}
+        deploy(environment, tmp_path, config_file(tmp_path, port))
+        eventually(lambda: fingerprint() is not None, within_s=180)
+        old = fingerprint()
+        version2 = {"artifact": {"name": "vlm", "version": "v2"}}
+        deploy(environment, tmp_path, config_file(tmp_path, port, **version2))
+        eventually(lambda: fingerprint() not in (None, old), within_s=180)
+        asked = [one for one in collector.spans if one.get("gen_ai.request.model") == "chat"]
+        eventually(
+            lambda: any(
+                one.get("gen_ai.response.model") == "vlm@v2"
+                and one.get("gen_ai.usage.output_tokens") == 2
+                for one in collector.spans
+            ),
+            within_s=30,
+        )
+        assert all(one["gen_ai.response.model"] in ("vlm@v1", "vlm@v2") for one in asked)
+
+
+def test_the_server_stops_when_it_is_told_to(tmp_path: Path, tiny_model: Path) -> None:
+    """`python -m serve` in the foreground: ready after a while, and gone after Ctrl-C."""
+    commit_model(tmp_path / "root", "v1", tiny_model)
+    port = free_port()
+    config = config_file(tmp_path, port)
+    command = [sys.executable, "-m", "serve", f"config={config}", f"root={tmp_path / 'root'}"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    try:
+        url = f"http://127.0.0.1:{port}/health/ready"
+
+        def is_ready() -> bool:
+            assert server.poll() is None
+            try:
+                return httpx.get(url, timeout=30).status_code == 200
+            except httpx.ConnectError:
+                return False
+
+        eventually(is_ready, within_s=180)
+        assert json.loads(httpx.get(url).text)["models"] == {"chat": True}
+    finally:
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=120)
+    assert not re.search("Traceback", said), said
