@@ -159,7 +159,12 @@ def _answers() -> dict[str, Any]:
     finish = {"enum": ["stop", "length", None]}
     usage = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT)
     head = {"id": _TEXT, "created": _COUNT, "model": _TEXT, "system_fingerprint": _TEXT}
-    message = _object(role={"const": "assistant"}, content=_TEXT, refusal={"type": "null"})
+    message = _object(
+        role={"const": "assistant"},
+        content=_TEXT,
+        refusal={"type": "null"},
+        annotations={"type": "array", "maxItems": 0},
+    )
     caption = _object(
         index=_COUNT, caption=_TEXT, finish_reason=finish, flags=_list(_TEXT), tokens=_COUNT
     )

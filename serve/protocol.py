@@ -243,7 +243,12 @@ def completion(
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": {
+                "role": "assistant",
+                "content": text,
+                "refusal": None,
+                "annotations": [],
+            },
             "logprobs": None,
             "finish_reason": finish_reason,
         }

@@ -61,6 +61,20 @@ def test_streaming_says_the_same_as_not_streaming(client: TestClient) -> None:
     assert {one["id"] for one in chunks} == {last["id"]}
 
 
+def test_a_message_has_the_fields_of_openai_s_and_is_taken_back_as_it_came(
+    client: TestClient,
+) -> None:
+    said = post(client, chat()).json()["choices"][0]["message"]
+    assert said == {
+        "role": "assistant",
+        "content": said["content"],
+        "refusal": None,
+        "annotations": [],
+    }
+    turns = [{"role": "user", "content": "What is it?"}, said, {"role": "user", "content": "Why?"}]
+    assert post(client, chat(messages=turns)).status_code == 200
+
+
 def test_without_include_usage_a_stream_has_none(client: TestClient) -> None:
     *chunks, done = events(post(client, chat(stream=True)))
     assert done == "[DONE]"
