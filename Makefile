@@ -9,7 +9,7 @@ CPUS := --where.engine-threads 2
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo clean-demo test check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-teacher show-training show-serving package lock
+.PHONY: help install demo clean-demo test compat check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-teacher show-training show-serving package lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -33,6 +33,19 @@ clean-demo:  ## delete the demo's results
 
 test: .venv/installed  ## every test that fits into minutes
 	$(RUN) pytest
+
+.venv-compat/installed: tests/compat/requirements.txt | .venv/installed
+	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
+	VIRTUAL_ENV=$(CURDIR)/.venv-compat $(BIN)/uv pip sync --quiet --require-hashes tests/compat/requirements.txt
+	touch $@
+
+tests/compat/node_modules/installed: tests/compat/package-lock.json tests/compat/package.json
+	@command -v npm >/dev/null || { echo "error: make compat needs Node 20 or newer, with npm"; exit 1; }
+	npm --prefix tests/compat ci --ignore-scripts
+	touch $@
+
+compat: .venv/installed .venv-compat/installed tests/compat/node_modules/installed  ## public clients of OpenAI's API against a live server (about 2 minutes)
+	$(RUN) pytest -m compat tests/compat
 
 check: .venv/installed  ## static checks: format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -96,6 +109,8 @@ CONFIG := serve/config.easy-vqa.yaml
 package: .venv/installed  ## pack the server for `serve deploy`: make package CONFIG=... ROOT=/shared/runs
 	$(RUN) serve.package config=$(CONFIG) root=$(ROOT) to=dist
 
-lock: .venv/installed  ## resolve the two lock files anew
+lock: .venv/installed  ## resolve the lock files anew
 	$(BIN)/uv pip compile requirements-cpu.in --override requirements-cpu.overrides --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-cpu.lock
 	$(BIN)/uv pip compile requirements-gpu.in --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-gpu.lock
+	$(BIN)/uv pip compile tests/compat/requirements.in --generate-hashes --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o tests/compat/requirements.txt
+	npm --prefix tests/compat install --package-lock-only --ignore-scripts
