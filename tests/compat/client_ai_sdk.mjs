@@ -61,7 +61,7 @@ async function streams(whole) {
   assert.deepEqual(failed, []);
   assert.equal(texts.join(""), whole);
   assert.ok(texts.length > 1, "the answer came in one piece");
-  assert.ok((await made.usage).outputTokens > 0);
+  assert.ok((await made.usage).outputTokens > 0, "no usage at the end");
   done("streaming with usage");
 }
 

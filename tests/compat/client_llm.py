@@ -14,12 +14,23 @@ from pathlib import Path
 from steps import NO_MODEL, WRONG_KEY, Task, done, task
 
 
-def llm(*arguments: str | Path, status: int = 0) -> str:
-    """Run `llm`; return what it printed, or what went wrong if that is expected."""
+def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     program = Path(sys.executable).with_name("llm")
-    ran = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
-    assert ran.returncode == status, f"{arguments} ended with {ran.returncode}: {ran.stderr}"
-    return ran.stderr if status else ran.stdout.strip()
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def llm(*arguments: str | Path) -> str:
+    """Run `llm`, return what it printed."""
+    ran = run(*arguments)
+    assert ran.returncode == 0, f"{arguments} ended with {ran.returncode}: {ran.stderr}"
+    return ran.stdout.strip()
+
+
+def fails(status: int, *arguments: str | Path) -> None:
+    """Run `llm` and demand that it fails, naming the status of the server's answer."""
+    ran = run(*arguments)
+    said = f"{arguments} ended with {ran.returncode}: {ran.stderr}"
+    assert ran.returncode == 1 and f"Error code: {status}" in ran.stderr, said
 
 
 def configure(folder: Path, *models: str) -> None:
@@ -44,17 +55,17 @@ def image(it: Task) -> None:
 
 
 def turns(it: Task) -> None:
-    assert llm("-c", "Once more, please.", "-s", "You see one shape.")
+    assert llm("-c", "Once more, please.", "-s", "You see one shape."), "nothing was said"
     done("several turns")
 
 
 def errors(it: Task, folder: Path) -> None:
     asked = ("What is this?", "-a", it.image)
-    assert "404" in llm("-m", NO_MODEL, *asked, status=1)
-    assert "401" in llm("-m", it.model, "--key", WRONG_KEY, *asked, status=1)
+    fails(404, "-m", NO_MODEL, *asked)
+    fails(401, "-m", it.model, "--key", WRONG_KEY, *asked)
     broken = folder / "broken.png"
     broken.write_text("this is no image")
-    assert "400" in llm("-m", it.model, "What is this?", "--at", broken, "image/png", status=1)
+    fails(400, "-m", it.model, "What is this?", "--at", broken, "image/png")
     done("errors")
 
 
