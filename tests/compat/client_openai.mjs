@@ -72,6 +72,17 @@ async function streams(whole) {
   done("streaming with usage");
 }
 
+async function several() {
+  const asked = { model: it.model, messages: [look(it.image)], n: 2, temperature: 0 };
+  const whole = await client.chat.completions.create(asked);
+  const streamed = await client.chat.completions.stream(asked).finalChatCompletion();
+  for (const { choices } of [whole, streamed]) {
+    assert.deepEqual(choices.map((one) => one.index), [0, 1]);
+    for (const { message } of choices) has(message.content, it.word);
+  }
+  done("two answers");
+}
+
 async function errors() {
   const chat = client.chat.completions;
   const messages = [look(it.image)];
@@ -91,4 +102,5 @@ await models();
 const first = await image();
 await turns(first);
 await streams(first.content);
+await several();
 await errors();

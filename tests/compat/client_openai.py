@@ -73,6 +73,18 @@ def streams(client: openai.OpenAI, it: Task, whole: str) -> None:
     done("streaming with usage")
 
 
+def several(client: openai.OpenAI, it: Task) -> None:
+    asked = {"model": it.model, "messages": [look(it.uri)], "n": 2, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    with client.chat.completions.stream(**asked) as stream:
+        streamed = stream.get_final_completion()
+    for made in (whole, streamed):
+        texts = {one.index: one.message.content for one in made.choices}
+        assert list(texts) == [0, 1], texts
+        assert all(it.word in (text or "") for text in texts.values()), texts
+    done("two answers")
+
+
 def errors(client: openai.OpenAI, it: Task) -> None:
     chat = client.chat.completions
     with raises(openai.NotFoundError):
@@ -96,6 +108,7 @@ def main() -> None:
     first = image(client, it)
     turns(client, it, first)
     streams(client, it, first.content or "")
+    several(client, it)
     errors(client, it)
 
 
