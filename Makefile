@@ -111,6 +111,6 @@ package: .venv/installed  ## pack the server for `serve deploy`: make package CO
 
 lock: .venv/installed  ## resolve the lock files anew
 	$(BIN)/uv pip compile requirements-cpu.in --override requirements-cpu.overrides --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-cpu.lock
-	$(BIN)/uv pip compile requirements-gpu.in --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-gpu.lock
+	$(BIN)/uv pip compile requirements-gpu.in --override requirements-gpu.overrides --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o requirements-gpu.lock
 	$(BIN)/uv pip compile tests/compat/requirements.in --generate-hashes --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o tests/compat/requirements.txt
 	npm --prefix tests/compat install --package-lock-only --ignore-scripts

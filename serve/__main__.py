@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve until interrupted: `python -m serve config=serve/config.easy-vqa.yaml root=/path`."""
+"""Serve until interrupted: `python -m serve config=serve/config.easy-vqa.yaml root=/path`.
+
+The API stands at `/`; the chat page, if the config has one, at its route.
+"""
 
 import sys
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
+from serve import page
 from serve.app import application
 from serve.config import ServeConfig, Tracing, read
 from sg4v_ray.core.errors import Sg4vError
@@ -15,7 +19,7 @@ from sg4v_ray.core.tracing import EXPORTER
 
 
 def main(arguments: list[str]) -> None:
-    """Start HTTP as the config says, then the application."""
+    """Start HTTP as the config says, then the applications."""
     set_up_logging()
     config = read(pairs(arguments))
     app = application(config)
@@ -24,6 +28,8 @@ def main(arguments: list[str]) -> None:
         http_options=HTTPOptions(**http_options(config)),
         tracing_config=None if config.tracing is None else tracing(config.tracing),
     )
+    if config.page is not None:
+        serve.run(page.application(config), name=page.PAGE, route_prefix=config.page.route)
     serve.run(app, name="sg4v", route_prefix="/", blocking=True)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import yaml
 
 from serve.keys import KeyRing
+from serve.page_config import PageConfig
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.config import load
 from sg4v_ray.core.errors import ConfigError
@@ -300,6 +301,8 @@ class ServeConfig:
     """None sends no spans."""
     cache: str = "~/.cache/sg4v-models"
     """Folder of a node's local disk for weights; not used when the root is local."""
+    page: PageConfig | None = None
+    """The chat page; None serves none."""
 
     def __post_init__(self) -> None:
         ids = [model.id for model in self.deployments]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One site and one headless Chromium for all tests of this folder; what it asks for is noted."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.page.page_site import KEY, Site, site
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+@pytest.fixture(scope="session")
+def page_site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
+    with site(tiny_model, tmp_path_factory.mktemp("uploads")) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    if not CHROMIUM.exists():
+        pytest.skip(f"no {CHROMIUM}; install it with `apt-get install chromium`")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            # No other host is reached, whatever the machine has for a network.
+            args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
+        )
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: "Browser", page_site: Site) -> "Iterator[Page]":
+    """An open page; after each test, nothing was asked of another host, and nothing will be."""
+    page_site.backend.says, page_site.backend.jobs = None, []
+    context = browser.new_context(viewport={"width": 1280, "height": 760})
+    context.set_default_timeout(15_000)
+    asked: list[str] = []
+    context.on("request", lambda request: asked.append(request.url))
+    opened = context.new_page()
+    opened.goto(page_site.url)
+    yield opened
+    own = (page_site.url, "data:", "blob:")
+    if not opened.is_closed():  # a link may connect without a request
+        asked += opened.eval_on_selector_all(
+            "[src], link[href]:not([rel=manifest])", "all => all.map(one => one.src || one.href)"
+        )
+    context.close()
+    assert len(asked) > 10
+    assert [one for one in asked if not one.startswith(own)] == []
+
+
+@pytest.fixture
+def connected(page: "Page") -> "Page":
+    page.fill("#key input", KEY)
+    page.press("#key input", "Enter")
+    page.wait_for_selector("#question textarea")
+    return page
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where screenshots go."""
+    folder = os.environ.get("SG4V_SCREENSHOTS")
+    if folder is None:
+        return tmp_path_factory.mktemp("screenshots")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
