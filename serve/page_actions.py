@@ -4,7 +4,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,13 +15,15 @@ from serve.page_captions import CaptionCalls, Captioned, Captioner
 from serve.page_client import ApiClient, Refused, Spoken
 from serve.page_door import COOKIE
 from serve.page_sessions import Session, Sessions, Shown
-from serve.page_view import notice, spent, table, talk, thumbnail
+from serve.page_view import STOPPED, notice, spent, table, talk, thumbnail
 from sg4v_ray.core.images import ImageLimits
 
 _EVERY_S: Final = 0.05
 """How often a page is brought up to date: eyes are not faster."""
+_AT_LEAST_EVERY_S: Final = 1.0
 _FORGOTTEN: Final = "this page is not connected (any more); connect again"
 _GONE: Final = "the image is not kept any more; upload it again"
+_NOTHING: Final = "ask something, or attach an image"
 _CLEAR: Final = "; Clear begins a new conversation"
 _SAME: Final = gr.skip()
 _READY: Final = {"submit_btn": True, "stop_btn": False}
@@ -35,7 +37,7 @@ class PageLimits:
     image: ImageLimits
     calls: CaptionCalls
     max_images: int
-    keep_files_s: int
+    keep_s: int
     needs_key: bool
 
 
@@ -51,7 +53,7 @@ class Actions:
             found = await self._client.models(key)
         except Refused as error:
             return notice(error.words()), _SAME, gr.update(visible=False), _SAME, _SAME, _SAME
-        session = self._sessions.open(_page(request), request.cookies.get(COOKIE, ""))
+        session = self._sessions.open(*_who(request))
         own = [("Default model", ""), *((one, one) for one in found)]
         return (
             "",
@@ -66,30 +68,35 @@ class Actions:
         self, asked: dict[str, Any], model: str, key: str, request: gr.Request
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """Yield (conversation, question, notice) while an answer grows."""
-        session = self._sessions.find(_page(request))
-        file = next(iter(asked["files"]), "")
-        if session is None or (file and not Path(file).exists()):
-            yield _SAME, _SAME, notice(_FORGOTTEN if session is None else _GONE)
+        session = self._sessions.find(*_who(request))
+        words, file = (asked["text"] or "").strip(), next(iter(asked["files"]), "")
+        if session is None or not (words or file):
+            yield _SAME, _SAME, notice(_FORGOTTEN if session is None else _NOTHING)
             return
-        image = await asyncio.to_thread(Path(file).read_bytes) if file else None
-        one = Shown(asked["text"].strip(), image, file=file)
+        try:
+            image = await asyncio.to_thread(Path(file).read_bytes) if file else None
+        except FileNotFoundError:
+            yield _SAME, _SAME, notice(_GONE)
+            return
+        one = Shown(words, image, file=file)
         session.conversation.append(one)
         yield talk(session.conversation), gr.update(value=None, **_BUSY), ""
         task = asyncio.create_task(self._answer(session, one, model, key))
         session.answering = task
         async for shown in _frames(task, lambda: talk(session.conversation)):
             yield shown, _SAME, _SAME
-        question, words = gr.update(**_READY), ""
-        if not task.cancelled() and isinstance(error := task.exception(), Refused):
-            more = _CLEAR if error.status == 400 and len(session.conversation) > 1 else ""
-            words = notice(error.words() + more)
-            if not one.answer:  # as if it had not been asked, to be changed and asked again
-                session.conversation.remove(one)
-                back = {"text": asked["text"], "files": [file] if file else []}
-                question = gr.update(value=back, **_READY)
-        elif not task.cancelled():
-            task.result()
-        yield talk(session.conversation), question, words
+        one.note = one.note or STOPPED  # before it had begun
+        error = _refusal(task)
+        if error is None or one.answer:
+            said = notice(error.words()) if error else ""
+            yield talk(session.conversation), gr.update(**_READY), said
+            return
+        more = _CLEAR if error.status == 400 and len(session.conversation) > 1 else ""
+        # As if it had not been asked, to be changed and asked again.
+        session.conversation[:] = [other for other in session.conversation if other is not one]
+        back = {"text": words, "files": [file] if file else []}
+        again = gr.update(value=back, **_READY)
+        yield talk(session.conversation), again, notice(error.words() + more)
 
     async def _answer(self, session: Session, one: Shown, model: str, key: str) -> None:
         """Fill in an answer. Cancelling this ends the request on the server."""
@@ -105,16 +112,16 @@ class Actions:
 
     def stop(self, request: gr.Request) -> None:
         """End what runs; whoever shows it sees that it ended."""
-        session = self._sessions.find(_page(request))
+        session = self._sessions.find(*_who(request))
         if session is not None:
-            session.stop()
+            _end(session.answering, session.captioning)
 
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
         """Forget a conversation. Return (conversation, question, notice)."""
-        session = self._sessions.find(_page(request))
+        session = self._sessions.find(*_who(request))
         if session is None:
             return _SAME, _SAME, notice(_FORGOTTEN)
-        session.stop()
+        _end(session.answering)
         session.conversation.clear()
         return talk([]), gr.update(value=None, **_READY), ""
 
@@ -122,7 +129,7 @@ class Actions:
         self, files: list[str] | None, model: str, instruction: str, key: str, request: gr.Request
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """Yield (table, notice) while captions come in."""
-        session = self._sessions.find(_page(request))
+        session = self._sessions.find(*_who(request))
         paths = [Path(one) for one in dict.fromkeys(files or [])]
         if session is None or not 0 < len(paths) <= self._limits.max_images:
             many = f"choose 1 to {self._limits.max_images} images, not {len(paths)}"
@@ -137,10 +144,8 @@ class Actions:
         yield table([], total=len(paths)), ""
         async for shown in _frames(task, lambda: table(done, total=len(paths))):
             yield shown, _SAME
-        if not task.cancelled() and isinstance(error := task.exception(), Refused):
+        if error := _refusal(task):
             yield _SAME, notice(error.words())
-        elif not task.cancelled():
-            task.result()
 
     async def _captions(
         self, whom: Captioner, files: list[Path], done: list[tuple[Captioned, str | None]]
@@ -158,20 +163,40 @@ class Actions:
 
 
 async def _frames(task: asyncio.Task[Any], show: Callable[[], str]) -> AsyncGenerator[str, None]:
-    """Yield what there is to see whenever it changed, until a task ends; leaving ends the task."""
-    before = ""
+    """Yield what there is to see whenever it changed, until a task ends; leaving ends the task.
+
+    Also now and then when nothing changed: only then Gradio looks whether the page is still open.
+    """
+    before, looked = "", 0.0
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=_EVERY_S)
             now = show()
-            if now != before:
-                before = now
+            if now != before or time.monotonic() - looked >= _AT_LEAST_EVERY_S:
+                before, looked = now, time.monotonic()
                 yield now
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({task})
+        await asyncio.wait({task})
 
 
-def _page(request: gr.Request) -> str:
-    return str(request.session_hash)
+def _end(*tasks: asyncio.Task[Any] | None) -> None:
+    """End what runs; the server hears of it, because the connection is closed."""
+    for task in tasks:
+        if task is not None:
+            task.cancel()
+
+
+def _refusal(task: asyncio.Task[Any]) -> Refused | None:
+    """Return why a task ended early; None if it did not, or was stopped by its user."""
+    if task.cancelled():
+        return None
+    error = task.exception()
+    if error is not None and not isinstance(error, Refused):
+        raise error
+    return error
+
+
+def _who(request: gr.Request) -> tuple[str, str]:
+    """Return which page of which browser this is."""
+    return str(request.session_hash), request.cookies.get(COOKIE, "")

@@ -18,7 +18,7 @@ def blocks(actions: Actions, limits: PageLimits) -> gr.Blocks:
     with gr.Blocks(
         title="sg4v-ray",
         analytics_enabled=False,
-        delete_cache=(min(limits.keep_files_s, 300), limits.keep_files_s),
+        delete_cache=(min(limits.keep_s, 300), limits.keep_s),
     ) as page:
         key, connect = _top(needs_key=limits.needs_key)
         said = _html(hello(needs_key=limits.needs_key), elem_id="said")
@@ -48,13 +48,7 @@ def _top(*, needs_key: bool) -> tuple[gr.Textbox, gr.Button]:
             **_BARE,
         )
         connect = gr.Button(
-            "Connect",
-            elem_id="connect",
-            variant="primary",
-            size="md",
-            scale=0,
-            min_width=110,
-            visible=needs_key,
+            "Connect", elem_id="connect", variant="primary", size="md", scale=0, min_width=110
         )
     return key, connect
 

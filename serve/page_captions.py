@@ -24,6 +24,8 @@ class CaptionCalls:
     """Of the images of a call, before base64."""
     max_waits: int = 5
     """How often one call waits for as long as the server says."""
+    max_wait_s: float = 60.0
+    """Who has to wait longer, as for the next day of a quota, is told so instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +83,19 @@ class Captioner:
                 at = _at_fault(error, len(left))
                 if at is not None:
                     yield Captioned(files[left.pop(at)], None, error.words())
-                elif error.status in _BUSY and error.retry_after_s and waits < self.calls.max_waits:
+                elif waits < self.calls.max_waits and self._may_wait(error):
                     waits += 1
-                    await asyncio.sleep(error.retry_after_s)  # as the server says
+                    await asyncio.sleep(error.retry_after_s or 0)  # as the server says
                 else:
                     raise
             else:
                 for one, caption in zip(left, made, strict=True):
                     yield Captioned(files[one], caption)
                 return
+
+    def _may_wait(self, error: Refused) -> bool:
+        wait_s = error.retry_after_s
+        return error.status in _BUSY and wait_s is not None and wait_s <= self.calls.max_wait_s
 
     async def _ask(self, images: Sequence[bytes]) -> list[Caption]:
         return await self.client.captions(

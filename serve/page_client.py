@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import httpx2
 import openai
+from pydantic import BaseModel, ValidationError
 
 from sg4v_ray.core.errors import Sg4vError
 
@@ -22,6 +23,24 @@ _FIELDS: Final = re.compile(r"^((images|messages)[\w.]*: )+")
 """Where in the body something is wrong: nobody who reads a page wrote a body."""
 _LONGEST_KEY: Final = 512
 _CONNECT_S: Final = 10.0
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+class _Made(BaseModel):
+    caption: str
+    tokens: int
+    flags: tuple[str, ...]
+
+
+class _Captions(BaseModel):
+    data: list[_Made]
 
 
 class Refused(Sg4vError):
@@ -127,7 +146,8 @@ class ApiClient:
             Refused: 401 above all, for a key that is none.
         """
         with self._refusals():
-            return [one.id for one in (await self._as(key).models.list()).data]
+            response = await self._as(key).get("/models", cast_to=httpx2.Response)
+            return [one.id for one in _Models.model_validate_json(response.content).data]
 
     async def chat(
         self, key: str, *, model: str, exchanges: Sequence[Exchange]
@@ -175,14 +195,13 @@ class ApiClient:
         body |= {"instruction": instruction} if instruction else {}
         with self._refusals():
             response = await self._as(key).post("/captions", cast_to=httpx2.Response, body=body)
-        return [
-            Caption(one["caption"], one["tokens"], tuple(one["flags"]))
-            for one in response.json()["data"]
-        ]
+            made = _Captions.model_validate_json(response.content).data
+        return [Caption(one.caption, one.tokens, one.flags) for one in made]
 
     def _as(self, key: str) -> openai.AsyncOpenAI:
         key = key.strip()
-        if key and not (key.isascii() and key.isprintable() and len(key) <= _LONGEST_KEY):
+        is_clean = key.isascii() and key.isprintable() and " " not in key
+        if key and not (is_clean and len(key) <= _LONGEST_KEY):
             raise Refused("this is no API key; it has characters that no key has")
         return self._client.with_options(api_key=key or _NO_KEY)
 
@@ -196,6 +215,8 @@ class ApiClient:
             raise Refused("the server did not answer in time") from None
         except (openai.APIConnectionError, httpx2.TransportError):
             raise Refused(f"the server at {self._address} cannot be reached, or hung up") from None
+        except ValidationError:
+            raise Refused(f"what answers at {self._address} is not the server") from None
         except openai.APIError as error:  # an event of a stream that had begun
             raise Refused(error.message) from None
 

@@ -26,8 +26,9 @@ class PageConfig:
     max_sessions: int = 200
     """Open pages that are remembered, with their conversation and its image in memory; the one
     that was used longest ago has to connect again."""
-    keep_files_s: int = 3600
-    """How long an uploaded image stays on the disk of the page's node."""
+    keep_s: int = 3600
+    """How long uploads stay on the disk of the page's node, and a conversation in memory after it
+    was last used."""
     num_cpus: float = 0.25
     """CPUs that the page reserves."""
 
@@ -40,11 +41,11 @@ class PageConfig:
             )
         if self.api is not None:
             _check_address(self.api)
-        if min(self.max_images, self.max_sessions, self.keep_files_s) < 1 or self.num_cpus < 0:
+        if min(self.max_images, self.max_sessions, self.keep_s) < 1 or self.num_cpus < 0:
             raise ConfigError(
-                "page.max_images, page.max_sessions and page.keep_files_s must be at least 1 and "
+                "page.max_images, page.max_sessions and page.keep_s must be at least 1 and "
                 f"page.num_cpus not negative, got {self.max_images}, {self.max_sessions}, "
-                f"{self.keep_files_s} and {self.num_cpus:g}"
+                f"{self.keep_s} and {self.num_cpus:g}"
             )
 
 

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 COOKIE: Final = "sg4v_page"
 _OPEN: Final = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/(assets|static|svelte)/[^\\]+"
-    r"|/gradio_api/(queue/data|heartbeat/\w+|startup-events|theme\.css)"
+    r"|/gradio_api/(queue/data|upload_progress|startup-events|theme\.css)"
 )
 _POSTS: Final = re.compile(r"/gradio_api/(queue/join|cancel|reset)")
 _UPLOAD: Final = "/gradio_api/upload"
@@ -85,13 +85,10 @@ class Door:
     def _refusal(self, method: str, path: str, visitor: str | None) -> PlainTextResponse | None:
         is_file = path == _UPLOAD if method == "POST" else path.startswith(_FILES)
         if is_file:
-            if visitor is None or not self._knows(visitor):
-                return PlainTextResponse("connect with a key first", 401)
-            return None
+            is_known = bool(visitor) and self._knows(visitor or "")
+            return None if is_known else PlainTextResponse("connect with a key first", 401)
         allowed = _POSTS if method == "POST" else _OPEN
         is_listed = method in ("GET", "HEAD", "POST") and allowed.fullmatch(path)
-        if path.startswith("/gradio_api/upload_progress") and method == "GET":
-            return None
         return None if is_listed else PlainTextResponse("not found", 404)
 
     def _refused_event(self, body: bytes | None) -> PlainTextResponse | None:

@@ -2,7 +2,9 @@
 """What the page remembers of those who have it open. No key: those stay in the browsers."""
 
 import asyncio
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,38 +27,47 @@ class Session:
 
     visitor: str
     """Value of the cookie of the browser."""
+    used_s: float
     conversation: list[Shown] = field(default_factory=list)
     answering: asyncio.Task[Any] | None = None
     captioning: asyncio.Task[Any] | None = None
-
-    def stop(self) -> None:
-        """End what runs; the server hears of it, because the connection is closed."""
-        for task in (self.answering, self.captioning):
-            if task is not None:
-                task.cancel()
 
 
 class Sessions:
     """All open pages, as many as fit."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(
+        self, most: int, *, keep_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._most, self._keep_s, self._clock = most, keep_s, clock
         self._pages: OrderedDict[str, Session] = OrderedDict()
 
     def open(self, page: str, visitor: str) -> Session:
         """Begin with a page, or go on. The one that was used longest ago may be forgotten."""
-        session = self._pages.setdefault(page, Session(visitor))
-        self._pages.move_to_end(page)
-        if len(self._pages) > self._most:
-            self._pages.popitem(last=False)
+        session = self.find(page, visitor)
+        if session is None:
+            session = self._pages[page] = Session(visitor, self._clock())
+            self._pages.move_to_end(page)
+            if len(self._pages) > self._most:
+                self._pages.popitem(last=False)
         return session
 
-    def find(self, page: str) -> Session | None:
+    def find(self, page: str, visitor: str) -> Session | None:
         """Return what is known of a page; None if it did not connect, or was forgotten."""
-        if page in self._pages:
-            self._pages.move_to_end(page)
-        return self._pages.get(page)
+        self._forget()
+        session = self._pages.get(page)
+        if session is None or session.visitor != visitor:
+            return None
+        session.used_s = self._clock()
+        self._pages.move_to_end(page)
+        return session
 
     def knows(self, visitor: str) -> bool:
         """Say whether a page of this browser has connected."""
+        self._forget()
         return any(one.visitor == visitor for one in self._pages.values())
+
+    def _forget(self) -> None:
+        oldest_s = self._clock() - self._keep_s
+        while self._pages and next(iter(self._pages.values())).used_s < oldest_s:
+            self._pages.popitem(last=False)

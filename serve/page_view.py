@@ -20,6 +20,7 @@ from sg4v_ray.core.images import ImageLimits, Rejected, open_image
 
 _THUMBNAIL: Final = 112
 """Pixels, shown at half of that."""
+STOPPED: Final = "stopped"
 _HELLO: Final = (
     "Type your API key to begin. It goes with each question to the server, and is kept in this tab "
     "alone."
@@ -39,7 +40,7 @@ def notice(words: str) -> str:
 
 def spent(last: Spoken, seconds: float, first_s: float | None) -> str:
     """Return what an answer took, as it stands below it."""
-    said = [f"{last.num_tokens} tokens" if last.num_tokens is not None else "stopped"]
+    said = [f"{last.num_tokens} tokens" if last.num_tokens is not None else STOPPED]
     said.append(f"{seconds:.1f} s")
     if first_s is not None:
         said.append(f"first word after {first_s:.2f} s")

@@ -42,11 +42,11 @@ def web(config: ServeConfig, page: PageConfig, *, api: str, uploads: Path) -> AS
             max_bytes=config.limits.max_body_bytes * 7 // 10,
         ),
         max_images=page.max_images,
-        keep_files_s=page.keep_files_s,
+        keep_s=page.keep_s,
         needs_key=not config.auth.anonymous,
     )
     client = ApiClient(api, timeout_s=config.limits.timeout_s + _GRACE_S)
-    sessions = Sessions(page.max_sessions)
+    sessions = Sessions(page.max_sessions, keep_s=page.keep_s)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # the one way to tell Gradio
     shown = blocks(Actions(client, sessions, limits), limits)
     return Door(_mounted(shown, limits, client), knows=sessions.knows, uploads=uploads)

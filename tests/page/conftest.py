@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 CHROMIUM = Path("/usr/bin/chromium")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page_site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
-    with site(tiny_model, tmp_path_factory.mktemp("uploads")) as made:
+    uploads = tmp_path_factory.mktemp("uploads")
+    with pytest.MonkeyPatch.context() as patch, site(tiny_model, uploads) as made:
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))  # as the page sets it, and undone
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
+    """Not for the session: while it is there, an event loop runs in this thread."""
     if not CHROMIUM.exists():
         pytest.skip(f"no {CHROMIUM}; install it with `apt-get install chromium`")
     from playwright.sync_api import sync_playwright
