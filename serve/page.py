@@ -75,7 +75,9 @@ def _page(config: ServeConfig) -> PageConfig:
 
 def _reachable(host: str) -> str:
     """Return where a server that listens on a host is reached on its own machine."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 @serve.ingress()

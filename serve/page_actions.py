@@ -65,10 +65,11 @@ class Actions:
         )
 
     async def ask(
-        self, asked: dict[str, Any], model: str, key: str, request: gr.Request
+        self, asked: dict[str, Any] | None, model: str | None, key: str, request: gr.Request
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """Yield (conversation, question, notice) while an answer grows."""
         session = self._sessions.find(*_who(request))
+        asked = asked or {"text": "", "files": []}
         words, file = (asked["text"] or "").strip(), next(iter(asked["files"]), "")
         if session is None or not (words or file):
             yield _SAME, _SAME, notice(_FORGOTTEN if session is None else _NOTHING)
@@ -81,7 +82,7 @@ class Actions:
         one = Shown(words, image, file=file)
         session.conversation.append(one)
         yield talk(session.conversation), gr.update(value=None, **_BUSY), ""
-        task = asyncio.create_task(self._answer(session, one, model, key))
+        task = asyncio.create_task(self._answer(session, one, model or "", key))
         session.answering = task
         async for shown in _frames(task, lambda: talk(session.conversation)):
             yield shown, _SAME, _SAME
@@ -111,10 +112,16 @@ class Actions:
             one.note = spent(last, time.monotonic() - began, first_s)
 
     def stop(self, request: gr.Request) -> None:
-        """End what runs; whoever shows it sees that it ended."""
+        """End an answer; `ask` sees that it ended, and shows it."""
         session = self._sessions.find(*_who(request))
         if session is not None:
-            _end(session.answering, session.captioning)
+            _end(session.answering)
+
+    def stop_captions(self, request: gr.Request) -> None:
+        """End a run of captions; those that were made stay."""
+        session = self._sessions.find(*_who(request))
+        if session is not None:
+            _end(session.captioning)
 
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
         """Forget a conversation. Return (conversation, question, notice)."""
@@ -126,7 +133,12 @@ class Actions:
         return talk([]), gr.update(value=None, **_READY), ""
 
     async def caption(
-        self, files: list[str] | None, model: str, instruction: str, key: str, request: gr.Request
+        self,
+        files: list[str] | None,
+        model: str | None,
+        instruction: str,
+        key: str,
+        request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """Yield (table, notice) while captions come in."""
         session = self._sessions.find(*_who(request))
@@ -180,11 +192,10 @@ async def _frames(task: asyncio.Task[Any], show: Callable[[], str]) -> AsyncGene
         await asyncio.wait({task})
 
 
-def _end(*tasks: asyncio.Task[Any] | None) -> None:
+def _end(task: asyncio.Task[Any] | None) -> None:
     """End what runs; the server hears of it, because the connection is closed."""
-    for task in tasks:
-        if task is not None:
-            task.cancel()
+    if task is not None:
+        task.cancel()
 
 
 def _refusal(task: asyncio.Task[Any]) -> Refused | None:

@@ -39,6 +39,7 @@ def _top(*, needs_key: bool) -> tuple[gr.Textbox, gr.Button]:
     with gr.Row(elem_id="top"):
         _html("<h1>sg4v-ray <span>chat and captions</span></h1>", elem_id="title")
         key = gr.Textbox(
+            label="API key",
             type="password",
             placeholder="API key",
             elem_id="key",
@@ -60,6 +61,7 @@ def _chat_tab(actions: Actions, key: gr.Textbox, said: gr.HTML) -> tuple[gr.HTML
         clear = gr.Button("Clear", size="md", scale=0, min_width=90, elem_id="clear")
     chat = _html(talk([]), elem_id="chat", autoscroll=True)
     question = gr.MultimodalTextbox(
+        label="Question",
         elem_id="question",
         placeholder="Ask something; paste or drop an image here",
         file_types=_FORMATS,
@@ -89,6 +91,7 @@ def _captions_tab(
     with gr.Row(elem_classes="bar"):
         model = _models("caption-model")
         instruction = gr.Textbox(
+            label="Instruction",
             placeholder="Instruction (default: the model's own)",
             elem_id="instruction",
             max_lines=1,
@@ -101,12 +104,15 @@ def _captions_tab(
         stop = gr.Button("Stop", size="md", scale=0, min_width=90, elem_id="caption-stop")
     made = _html("", elem_id="made")
     start.click(actions.caption, [files, model, instruction, key], [made, said], **_HOW)
-    stop.click(actions.stop, None, None, **_HOW)
+    stop.click(actions.stop_captions, None, None, **_HOW)
     return model
 
 
 def _models(name: str) -> gr.Dropdown:
-    return gr.Dropdown([], elem_id=name, filterable=False, min_width=180, **_BARE)
+    # Else Gradio checks what is chosen against a list that is gone when the page was restarted.
+    return gr.Dropdown(
+        [], label="Model", elem_id=name, allow_custom_value=True, min_width=180, **_BARE
+    )
 
 
 def _html(value: str, **options: Any) -> gr.HTML:

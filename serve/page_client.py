@@ -167,14 +167,17 @@ class ApiClient:
                 stream_options={"include_usage": True},
             )
             async with stream:
-                reason = None
+                reason, is_whole = None, False
                 async for chunk in stream:
                     if chunk.choices:
                         reason = chunk.choices[0].finish_reason or reason
                         if text := chunk.choices[0].delta.content:
                             yield Spoken(text)
                     if chunk.usage is not None:
+                        is_whole = True
                         yield Spoken("", chunk.usage.completion_tokens, reason)
+            if not is_whole:
+                raise Refused("the server ended the answer too early")
 
     async def captions(
         self, key: str, images: Sequence[bytes], *, model: str | None, instruction: str | None

@@ -23,9 +23,10 @@ _OPEN: Final = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/(assets|static|svelte)/[^\\]+"
     r"|/gradio_api/(queue/data|upload_progress|startup-events|theme\.css)"
 )
-_POSTS: Final = re.compile(r"/gradio_api/(queue/join|cancel|reset)")
+_READS: Final = ("GET", "HEAD")
+_EVENTS: Final = re.compile(r"/gradio_api/(queue/join|cancel|reset)")
 _UPLOAD: Final = "/gradio_api/upload"
-_FILES: Final = "/gradio_api/file=/"
+_FILES: Final = "/gradio_api/file="
 _MAX_EVENT_BYTES: Final = 2**20
 """Of what a click sends. Files come as uploads, and are limited there."""
 _PAGE_POLICY: Final = (
@@ -41,15 +42,24 @@ _FILE_POLICY: Final = "default-src 'none'; sandbox"
 class Door:
     """ASGI middleware before Gradio."""
 
-    def __init__(self, app: ASGIApp, *, knows: Callable[[str], bool], uploads: Path) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        knows: Callable[[str], bool],
+        uploads: Path,
+        max_upload_bytes: int,
+    ) -> None:
         """Let little in.
 
         Args:
             app: Gradio's.
             knows: says whether the browser with this cookie may use files.
             uploads: the folder where Gradio puts files.
+            max_upload_bytes: of all files of one upload; Gradio looks at the size of each.
         """
         self._app, self._knows, self._uploads = app, knows, uploads.resolve()
+        self._max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -67,8 +77,8 @@ class Door:
             await RedirectResponse(f"{place}/")(scope, receive, send)
             return
         visitor = _cookie(scope)
-        refusal = self._refusal(scope["method"], path, visitor)
-        if refusal is None and _POSTS.fullmatch(path):
+        refusal = self._refusal(scope, path, visitor)
+        if refusal is None and scope["method"] == "POST" and _EVENTS.fullmatch(path):
             body = await _body(receive)
             refusal = self._refused_event(body)
             receive = _again(body or b"", receive)
@@ -82,14 +92,26 @@ class Door:
         else:
             await refusal(scope, receive, sending)
 
-    def _refusal(self, method: str, path: str, visitor: str | None) -> PlainTextResponse | None:
-        is_file = path == _UPLOAD if method == "POST" else path.startswith(_FILES)
-        if is_file:
-            is_known = bool(visitor) and self._knows(visitor or "")
-            return None if is_known else PlainTextResponse("connect with a key first", 401)
-        allowed = _POSTS if method == "POST" else _OPEN
-        is_listed = method in ("GET", "HEAD", "POST") and allowed.fullmatch(path)
-        return None if is_listed else PlainTextResponse("not found", 404)
+    def _refusal(self, scope: Scope, path: str, visitor: str | None) -> PlainTextResponse | None:
+        method = scope["method"]
+        is_upload = method == "POST" and path == _UPLOAD
+        if is_upload or (method in _READS and path.startswith(_FILES)):
+            if not visitor or not self._knows(visitor):
+                return PlainTextResponse("connect with a key first", 401)
+            if is_upload:
+                return self._refused_upload(Headers(scope=scope).get("content-length", ""))
+            is_there = self._is_upload(path.removeprefix(_FILES))
+        else:
+            allowed = _EVENTS if method == "POST" else _OPEN if method in _READS else None
+            is_there = allowed is not None and allowed.fullmatch(path) is not None
+        return None if is_there else PlainTextResponse("not found", 404)
+
+    def _refused_upload(self, size: str) -> PlainTextResponse | None:
+        if not size.isdecimal():  # what is announced here, the web server holds them to
+            return PlainTextResponse("an upload says how large it is", 411)
+        if int(size) > self._max_upload_bytes:
+            return PlainTextResponse(f"more than {self._max_upload_bytes} bytes", 413)
+        return None
 
     def _refused_event(self, body: bytes | None) -> PlainTextResponse | None:
         """Refuse events that are too large, or that name files which were not uploaded here.

@@ -63,6 +63,10 @@ body:has(#question .thumbnails) { --picture: 3rem; }
 .captions .said { white-space: pre-wrap; overflow-wrap: anywhere; }
 .captions .tokens { text-align: right; font-variant-numeric: tabular-nums; }
 .captions .error { color: #d97706; }
+@media (max-width: 40rem) {
+  #title span { display: none; }
+  .talk .asked, .talk .answer { max-width: 100%; }
+}
 """
 
 

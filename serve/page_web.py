@@ -49,7 +49,12 @@ def web(config: ServeConfig, page: PageConfig, *, api: str, uploads: Path) -> AS
     sessions = Sessions(page.max_sessions, keep_s=page.keep_s)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # the one way to tell Gradio
     shown = blocks(Actions(client, sessions, limits), limits)
-    return Door(_mounted(shown, limits, client), knows=sessions.knows, uploads=uploads)
+    return Door(
+        _mounted(shown, limits, client),
+        knows=sessions.knows,
+        uploads=uploads,
+        max_upload_bytes=page.max_images * limits.image.max_bytes,
+    )
 
 
 def _mounted(shown: gr.Blocks, limits: PageLimits, client: ApiClient) -> FastAPI:

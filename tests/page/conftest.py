@@ -1,50 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """One site and one headless Chromium for all tests of this folder; what it asks for is noted."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.page.browsing import chromium
 from tests.page.page_site import KEY, Site, site
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = Path("/usr/bin/chromium")
-
 
 @pytest.fixture(scope="module")
 def page_site(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Site]:
     uploads = tmp_path_factory.mktemp("uploads")
-    with pytest.MonkeyPatch.context() as patch, site(tiny_model, uploads) as made:
-        patch.setenv("GRADIO_TEMP_DIR", str(uploads))  # as the page sets it, and undone
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))  # as the page sets it, but undone
+        with site(tiny_model, uploads) as made:
+            yield made
 
 
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
     """Not for the session: while it is there, an event loop runs in this thread."""
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM}; install it with `apt-get install chromium`")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        made = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            # No other host is reached, whatever the machine has for a network.
-            args=["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
-        )
+    with chromium() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture
 def page(browser: "Browser", page_site: Site) -> "Iterator[Page]":
     """An open page; after each test, nothing was asked of another host, and nothing will be."""
-    page_site.backend.says, page_site.backend.jobs = None, []
+    backend = page_site.backend
+    backend.says, backend.is_silent, backend.jobs = None, False, []
     context = browser.new_context(viewport={"width": 1280, "height": 760})
     context.set_default_timeout(15_000)
     asked: list[str] = []
@@ -68,13 +58,3 @@ def connected(page: "Page") -> "Page":
     page.press("#key input", "Enter")
     page.wait_for_selector("#question textarea")
     return page
-
-
-@pytest.fixture(scope="session")
-def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where screenshots go."""
-    folder = os.environ.get("SG4V_SCREENSHOTS")
-    if folder is None:
-        return tmp_path_factory.mktemp("screenshots")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)

@@ -33,17 +33,26 @@ class Backend(InProcess):
     """The fake captioner; told to, it says something else."""
 
     says: str | None = None
+    is_silent = False
+    _held = 0
 
     async def stream(self, model_id: str, job: Job) -> AsyncGenerator[Piece, None]:
         if self.says is not None:
             yield Piece(self.says, 3, "stop")
             return
+        if self.is_silent:
+            yield Piece("Well, ", 1)
+            self._held += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self._held -= 1
         async for piece in super().stream(model_id, job):
             yield piece
 
     def running(self) -> int:
         stats = self.engine.stats()
-        return stats.running + stats.waiting
+        return stats.running + stats.waiting + self._held
 
 
 class OneKey:

@@ -5,15 +5,12 @@ After each test the fixture `page` looks whether anything was asked of another h
 """
 
 import json
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.serve_site import png
+from tests.page.browsing import answers, ask, attach, circle, eventually, wait_for_answers
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -28,37 +25,10 @@ HOSTILE = (
 )
 
 
-def eventually(condition: Callable[[], bool], *, within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so after {within_s:g} s"
-        threading.Event().wait(0.02)
-
-
-def attach(page: "Page", *files: Path, to: str = "#question") -> None:
-    """Upload files, and wait until the page shows them."""
-    page.set_input_files(f"{to} input[type=file]", list(files))
-    shown = ".thumbnail-item" if to == "#question" else ".file"
-    page.locator(f"{to} {shown}").nth(len(files) - 1).wait_for()
-
-
-def ask(page: "Page", words: str) -> None:
-    page.fill("#question textarea", words)
-    page.press("#question textarea", "Enter")
-
-
-def answers(page: "Page") -> list[str]:
-    return page.locator("#chat .answer").all_inner_texts()
-
-
-def wait_for_answers(page: "Page", count: int) -> None:
-    page.locator("#chat .note").nth(count - 1).wait_for()
-
-
 @pytest.fixture
 def teal(tmp_path: Path) -> Path:
     file = tmp_path / "teal.png"
-    file.write_bytes(png("teal"))
+    file.write_bytes(circle("teal"))
     return file
 
 
@@ -97,17 +67,16 @@ def test_an_answer_about_an_image_grows_and_says_what_it_took(
     assert len(job.request.images) == 1
     note = connected.inner_text("#chat .note")
     assert " tokens \u00b7 " in note and " s \u00b7 first word after " in note
-    assert connected.locator("#chat .asked img").evaluate("it => it.naturalWidth") == 30
+    assert connected.locator("#chat .asked img").evaluate("it => it.naturalWidth") == 320
     connected.screenshot(path=shots / "chat.png")
 
 
+@pytest.mark.parametrize("is_silent", [False, True])
 def test_stop_ends_the_request_on_the_server(
-    connected: "Page", page_site: "Site", shots: Path
+    connected: "Page", page_site: "Site", shots: Path, is_silent: bool
 ) -> None:
-    ask(connected, "Tell me more")
-    eventually(lambda: any(len(one) > 4 for one in answers(connected)))
-    assert page_site.backend.running() == 1
-    connected.screenshot(path=shots / "growing.png")
+    begin(connected, page_site, is_silent=is_silent)
+    connected.screenshot(path=shots / f"growing-{is_silent}.png")
     connected.click("#question .stop-button")
     eventually(lambda: page_site.backend.running() == 0, within_s=1.0)
     wait_for_answers(connected, 1)
@@ -115,12 +84,21 @@ def test_stop_ends_the_request_on_the_server(
     assert connected.locator("#question .submit-button").is_visible()
 
 
-def test_closing_the_tab_ends_the_request_too(connected: "Page", page_site: "Site") -> None:
-    ask(connected, "Tell me more")
-    eventually(lambda: any(len(one) > 4 for one in answers(connected)))
-    assert page_site.backend.running() == 1
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_closing_the_tab_ends_the_request_too(
+    connected: "Page", page_site: "Site", is_silent: bool
+) -> None:
+    begin(connected, page_site, is_silent=is_silent)
     connected.close()
-    eventually(lambda: page_site.backend.running() == 0, within_s=1.0)
+    eventually(lambda: page_site.backend.running() == 0, within_s=3.0)
+
+
+def begin(page: "Page", page_site: "Site", *, is_silent: bool) -> None:
+    """Ask, and wait until an answer has begun, which then grows or does not."""
+    page_site.backend.is_silent = is_silent
+    ask(page, "Tell me more")
+    eventually(lambda: any(len(one) > 4 for one in answers(page)))
+    assert page_site.backend.running() == 1
 
 
 def test_a_second_turn_sends_the_first_again_with_its_image(
@@ -152,7 +130,7 @@ def test_a_pasted_image_is_taken(connected: "Page", page_site: "Site") -> None:
             const paste = {clipboardData: data, bubbles: true, cancelable: true}
             document.activeElement.dispatchEvent(new ClipboardEvent("paste", paste))
         }""",
-        list(png("teal")),
+        list(circle("teal")),
     )
     connected.wait_for_selector("#question .thumbnail-item")
     ask(connected, "What is it?")
@@ -194,7 +172,7 @@ def test_captions_of_many_images_of_which_one_is_bad(
     files = [teal, bad]
     for colour in ("red", "blue", "green"):
         files.append(tmp_path / f"<i>{colour}.png")
-        files[-1].write_bytes(png(colour))
+        files[-1].write_bytes(circle(colour))
     connected.get_by_role("tab", name="Captions").click()
     attach(connected, *files, to="#images")
     connected.click("#caption")

@@ -2,6 +2,7 @@
 """The page's client: what it sends to the true routes, and what it says when it is refused."""
 
 import asyncio
+import json
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,18 @@ def test_an_error_in_the_middle_of_an_answer_is_told(client: ApiClient, backend:
     backend.error = ApiError(504, "the answer took longer than this server allows")
     with pytest.raises(Refused, match="longer than this server allows"):
         run(spoken(client, Exchange("What is it?")))
+
+
+def test_an_answer_that_just_ends_is_not_taken_for_a_whole_one() -> None:
+    choice = {"index": 0, "delta": {"content": "a ci"}, "finish_reason": None}
+    chunk = {"id": "a", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+    event = f"data: {json.dumps({**chunk, 'choices': [choice]})}\n\n"
+
+    def handle(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, text=event, headers={"content-type": "text/event-stream"})
+
+    with pytest.raises(Refused, match="too early"):
+        run(spoken(client_of(handle), Exchange("What is it?")))
 
 
 @pytest.mark.parametrize(

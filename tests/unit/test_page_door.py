@@ -28,7 +28,9 @@ def uploads(tmp_path: Path) -> Path:
 @pytest.fixture
 def client(uploads: Path) -> TestClient:
     app = Starlette(routes=[Route("/{path:path}", reached, methods=["GET", "POST", "PUT"])])
-    door = Door(app, knows=lambda visitor: visitor in ("friend", ""), uploads=uploads)
+    door = Door(
+        app, knows=lambda one: one in ("friend", ""), uploads=uploads, max_upload_bytes=3_000_000
+    )
     return TestClient(door, follow_redirects=False)
 
 
@@ -78,14 +80,27 @@ def test_all_else_does_not_exist(client: TestClient, method: str, path: str) -> 
     ("visitor", "status"), [("friend", 200), ("x", 401), ("", 401), (None, 401)]
 )
 def test_files_are_for_browsers_whose_user_showed_a_key(
-    client: TestClient, visitor: str | None, status: int
+    client: TestClient, uploads: Path, visitor: str | None, status: int
 ) -> None:
     if visitor is not None:
         client.cookies.set(COOKIE, visitor)
     assert client.post("/gradio_api/upload", content=b"x" * 3_000_000).status_code == status
-    found = client.get("/gradio_api/file=/tmp/a/b.png")
+    found = client.get(f"/gradio_api/file={uploads}/a/b.png")
     assert found.status_code == status
     assert found.headers["content-security-policy"] == "default-src 'none'; sandbox"
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../a", "a.png", "http://127.0.0.1/"])
+def test_only_uploads_are_shown(client: TestClient, uploads: Path, file: str) -> None:
+    client.cookies.set(COOKIE, "friend")
+    assert client.get(f"/gradio_api/file={file}").status_code == 404
+    assert client.get(f"/gradio_api/file={uploads}/%2e%2e/a.png").status_code == 404
+
+
+def test_an_upload_has_a_size_and_a_limit(client: TestClient) -> None:
+    client.cookies.set(COOKIE, "friend")
+    assert client.post("/gradio_api/upload", content=b"x" * 3_000_001).status_code == 413
+    assert client.post("/gradio_api/upload", content=iter([b"x"])).status_code == 411
 
 
 def test_a_browser_gets_its_cookie_once_and_scripts_do_not_see_it(client: TestClient) -> None:
