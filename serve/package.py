@@ -20,6 +20,7 @@ import yaml
 
 from serve.__main__ import http_options, pairs, tracing
 from serve.config import ServeConfig, read
+from serve.page import PAGE
 from sg4v_ray.core.errors import ConfigError, Sg4vError
 
 _TOP: Final = "sg4v-ray"
@@ -73,14 +74,21 @@ def describe(config: ServeConfig, args: dict[str, str], uri: str) -> dict[str, A
         **({} if config.tracing is None else {"tracing_config": tracing(config.tracing)}),
         "applications": [
             {
-                "name": "sg4v",
-                "route_prefix": "/",
-                "import_path": "serve.app:build",
+                "name": name,
+                "route_prefix": route,
+                "import_path": build,
                 "args": {**args, "config": _CONFIG},
                 "runtime_env": {"working_dir": uri},
             }
+            for name, route, build in _applications(config)
         ],
     }
+
+
+def _applications(config: ServeConfig) -> list[tuple[str, str, str]]:
+    """Return name, route and builder of each."""
+    page = [] if config.page is None else [(PAGE, config.page.route, "serve.page:build")]
+    return [("sg4v", "/", "serve.app:build"), *page]
 
 
 if __name__ == "__main__":

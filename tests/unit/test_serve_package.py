@@ -41,6 +41,16 @@ def test_tracing_is_for_all_of_serve(tmp_path: Path) -> None:
     assert (schema.tracing_config.enabled, schema.tracing_config.sampling_ratio) == (True, 0.5)
 
 
+def test_the_page_is_an_application_of_its_own(tmp_path: Path) -> None:
+    with_page = tmp_path / "page.yaml"
+    with_page.write_text(CONFIG.read_text() + "page: {route: /ask}\n")
+    schema = ServeDeploySchema.model_validate(made(tmp_path, with_page))
+    api, page = schema.applications
+    assert (api.route_prefix, page.route_prefix) == ("/", "/ask")
+    assert (page.import_path, page.args) == ("serve.page:build", api.args)
+    assert page.runtime_env == api.runtime_env
+
+
 def test_the_same_code_and_config_are_the_same_package() -> None:
     assert package.package(b"a") == package.package(b"a") != package.package(b"b")
 
