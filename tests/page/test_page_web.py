@@ -24,7 +24,7 @@ def client(page_site: "Site") -> httpx.Client:
 def join(client: httpx.Client, fn: str, data: list[Any]) -> httpx.Response:
     """Send an event as the page's script does."""
     config = client.get("config").json()
-    (index,) = {one["id"] for one in config["dependencies"] if one["api_name"].startswith(fn)}
+    (index,) = {one["id"] for one in config["dependencies"] if str(one["api_name"]).startswith(fn)}
     body = {"data": data, "fn_index": index, "session_hash": "abc", "trigger_id": None}
     return client.post("gradio_api/queue/join", json=body)
 

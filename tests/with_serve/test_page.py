@@ -2,7 +2,6 @@
 """The chat page as an application of Ray Serve beside the API, in headless Chromium."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from serve import page
 from serve.config import Auth, ServeConfig
 from serve.page_config import PageConfig
 from tests.page.browsing import answers, ask, attach, chromium, eventually, wait_for_answers
-from tests.unit.serve_site import DEPLOYMENT, LIMITS, png
+from tests.unit.serve_site import DEPLOYMENT, png
 from tests.with_serve.conftest import KEY
 from tests.with_serve.test_serve import running
 
@@ -32,8 +31,8 @@ def shown(server: "Server") -> Iterator["Page"]:
     config = ServeConfig(
         models=(DEPLOYMENT,),
         auth=Auth(keys_env="ANY"),
-        limits=replace(LIMITS, timeout_s=30),
-        page=PageConfig(api=server.url, num_cpus=0.1),
+        port=int(server.url.rpartition(":")[2]),
+        page=PageConfig(num_cpus=0.1),
     )
     serve.run(page.application(config), name=page.PAGE, route_prefix="/chat")
     try:
