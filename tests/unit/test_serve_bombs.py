@@ -17,6 +17,8 @@ from PIL import Image
 from serve.config import Limits
 from tests.unit.serve_site import routes_over
 
+pytestmark = pytest.mark.serving
+
 MOST_GROWTH_KB = 200_000
 
 

@@ -18,6 +18,8 @@ from serve.protocol import ApiError
 from sg4v_ray.inference.engine import Generation
 from tests.unit.serve_site import DEPLOYMENT, InProcess, make_routes, open_model
 
+pytestmark = pytest.mark.serving
+
 URL = "/v1/chat/completions"
 
 

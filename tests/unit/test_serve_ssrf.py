@@ -18,6 +18,8 @@ from fastapi.testclient import TestClient
 from sg4v_ray.core import fetch
 from tests.unit.serve_site import LIMITS, png, routes_over
 
+pytestmark = pytest.mark.serving
+
 HOST, PUBLIC, REBOUND = "images.example.org", "93.184.216.34", "rebinding.example.org"
 METADATA = ("169.254.169.254", "169.254.170.2", "100.100.100.200", "192.0.0.192", "fd00:ec2::254")
 PRIVATE_V4 = (

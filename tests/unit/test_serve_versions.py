@@ -23,6 +23,8 @@ from sg4v_ray.core.errors import ConfigError, Sg4vError
 from sg4v_ray.core.storage import Storage
 from tests.unit.serve_site import DEPLOYMENT, LIMITS, InProcess, open_model
 
+pytestmark = pytest.mark.serving
+
 OLD, NEW = "0123", "4567"
 CANARY = Canary(artifact=Ref(name="captioner", version="v2"), weight=0.25)
 CONFIGURED = {"captioner": ("captioner@v2", 0.25)}
