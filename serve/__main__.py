@@ -10,9 +10,9 @@ from typing import Any
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
-from serve import page
 from serve.app import application
 from serve.config import ServeConfig, Tracing, read
+from serve.page import app as page
 from sg4v_ray.core.errors import Sg4vError
 from sg4v_ray.core.observe import set_up_logging
 from sg4v_ray.core.tracing import EXPORTER

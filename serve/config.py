@@ -14,7 +14,7 @@ from typing import Any, Final
 import yaml
 
 from serve.keys import KeyRing
-from serve.page_config import PageConfig
+from serve.page.config import PageConfig
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.config import load
 from sg4v_ray.core.errors import ConfigError

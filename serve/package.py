@@ -20,7 +20,7 @@ import yaml
 
 from serve.__main__ import http_options, pairs, tracing
 from serve.config import ServeConfig, read
-from serve.page import PAGE
+from serve.page.app import PAGE
 from sg4v_ray.core.errors import ConfigError, Sg4vError
 
 _TOP: Final = "sg4v-ray"
@@ -87,7 +87,7 @@ def describe(config: ServeConfig, args: dict[str, str], uri: str) -> dict[str, A
 
 def _applications(config: ServeConfig) -> list[tuple[str, str, str]]:
     """Return name, route and builder of each."""
-    page = [] if config.page is None else [(PAGE, config.page.route, "serve.page:build")]
+    page = [] if config.page is None else [(PAGE, config.page.route, "serve.page.app:build")]
     return [("sg4v", "/", "serve.app:build"), *page]
 
 

@@ -18,8 +18,8 @@ from serve.answer import Piece
 from serve.config import Auth, Limits, ServeConfig
 from serve.guard import Guard
 from serve.keys import Key
-from serve.page_config import PageConfig
-from serve.page_web import web
+from serve.page.config import PageConfig
+from serve.page.web import web
 from serve.quota import Ticket
 from serve.request import Job
 from tests.unit.serve_site import DEPLOYMENT, ENGINE, InProcess, make_routes, open_model

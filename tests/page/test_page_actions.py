@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from serve.page_actions import Actions, PageLimits
-from serve.page_captions import CaptionCalls
-from serve.page_client import ApiClient, Refused, Spoken
-from serve.page_door import COOKIE
-from serve.page_sessions import Sessions
+from serve.page.actions import Actions, PageLimits
+from serve.page.captions import CaptionCalls
+from serve.page.client import ApiClient, Refused, Spoken
+from serve.page.door import COOKIE
+from serve.page.sessions import Sessions
 from tests.unit.serve_site import LIMITS
 
 LIMITS_OF_PAGE = PageLimits(

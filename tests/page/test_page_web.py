@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from serve.page_door import COOKIE
+from serve.page.door import COOKIE
 from tests.page.page_site import KEY
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from serve.page_captions import CaptionCalls, Captioned, Captioner
-from serve.page_client import ApiClient, Exchange, Refused, messages
+from serve.page.captions import CaptionCalls, Captioned, Captioner
+from serve.page.client import ApiClient, Exchange, Refused, messages
 from serve.protocol import ApiError
 from tests.unit.serve_site import LIMITS, InProcess, make_routes, open_model, png
 
@@ -265,7 +265,7 @@ def test_a_busy_server_is_asked_again_when_it_says(
     async def sleep(seconds: float) -> None:
         waited.append(seconds)
 
-    monkeypatch.setattr("serve.page_captions.asyncio.sleep", sleep)
+    monkeypatch.setattr("serve.page.captions.asyncio.sleep", sleep)
     (file,) = files_in(tmp_path, png("teal"))
     client, calls = busy(2, 7)
     ((made,),) = run(captioned(Captioner(client, "", CALLS), file))

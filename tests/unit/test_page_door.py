@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from serve.page_door import COOKIE, Door
+from serve.page.door import COOKIE, Door
 
 
 async def reached(request: Request) -> JSONResponse:

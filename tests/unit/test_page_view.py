@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from serve.config import Auth, ServeConfig
-from serve.page import asgi
-from serve.page_captions import Captioned
-from serve.page_client import Caption, Spoken
-from serve.page_config import PageConfig
-from serve.page_sessions import Sessions, Shown
-from serve.page_view import notice, spent, table, talk, thumbnail
+from serve.page.app import asgi
+from serve.page.captions import Captioned
+from serve.page.client import Caption, Spoken
+from serve.page.config import PageConfig
+from serve.page.sessions import Sessions, Shown
+from serve.page.view import notice, spent, table, talk, thumbnail
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.images import ImageLimits
 from tests.unit.serve_site import DEPLOYMENT, png

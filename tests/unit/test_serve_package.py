@@ -47,7 +47,7 @@ def test_the_page_is_an_application_of_its_own(tmp_path: Path) -> None:
     schema = ServeDeploySchema.model_validate(made(tmp_path, with_page))
     api, page = schema.applications
     assert (api.route_prefix, page.route_prefix) == ("/", "/ask")
-    assert (page.import_path, page.args) == ("serve.page:build", api.args)
+    assert (page.import_path, page.args) == ("serve.page.app:build", api.args)
     assert page.runtime_env == api.runtime_env
 
 

@@ -9,9 +9,9 @@ import httpx
 import pytest
 from ray import serve
 
-from serve import page
 from serve.config import Auth, ServeConfig
-from serve.page_config import PageConfig
+from serve.page import app as page
+from serve.page.config import PageConfig
 from tests.page.browsing import answers, ask, attach, chromium, eventually, wait_for_answers
 from tests.unit.serve_site import DEPLOYMENT, png
 from tests.with_serve.conftest import KEY

@@ -3,7 +3,7 @@
 
 `python -m serve` starts it where the config has `page`. Beside a server that runs elsewhere:
 
-    serve run --name page --route-prefix /chat serve.page:build config=... root=...
+    serve run --name page --route-prefix /chat serve.page.app:build config=... root=...
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from ray.serve import Application
 from starlette.types import ASGIApp
 
 from serve.config import ServeConfig, read
-from serve.page_config import PageConfig
+from serve.page.config import PageConfig
 from sg4v_ray.core.errors import ConfigError
 
 PAGE: Final = "page"
@@ -56,7 +56,7 @@ def asgi(config: ServeConfig) -> ASGIApp:
         ConfigError: the config has no page.
     """
     # Seconds and 100 MB that only the page's own process needs.
-    from serve.page_web import web
+    from serve.page.web import web
 
     page = _page(config)
     return web(

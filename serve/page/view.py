@@ -12,9 +12,9 @@ from io import BytesIO
 from typing import Final
 from urllib.parse import quote
 
-from serve.page_captions import Captioned
-from serve.page_client import Spoken
-from serve.page_sessions import Shown
+from serve.page.captions import Captioned
+from serve.page.client import Spoken
+from serve.page.sessions import Shown
 from sg4v_ray.core.html import Markup, data_uri, element
 from sg4v_ray.core.images import ImageLimits, Rejected, open_image
 

@@ -12,14 +12,14 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from serve.config import ServeConfig
-from serve.page_actions import Actions, PageLimits
-from serve.page_blocks import blocks
-from serve.page_captions import CaptionCalls
-from serve.page_client import ApiClient
-from serve.page_config import PageConfig
-from serve.page_door import Door
-from serve.page_sessions import Sessions
-from serve.page_style import CSS, HEAD, theme
+from serve.page.actions import Actions, PageLimits
+from serve.page.blocks import blocks
+from serve.page.captions import CaptionCalls
+from serve.page.client import ApiClient
+from serve.page.config import PageConfig
+from serve.page.door import Door
+from serve.page.sessions import Sessions
+from serve.page.style import CSS, HEAD, theme
 
 _GRACE_S: Final = 30.0
 """The server's own deadline comes first."""

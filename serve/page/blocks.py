@@ -5,8 +5,8 @@ from typing import Any, Final
 
 import gradio as gr
 
-from serve.page_actions import Actions, PageLimits
-from serve.page_view import hello, talk
+from serve.page.actions import Actions, PageLimits
+from serve.page.view import hello, talk
 
 _FORMATS: Final = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"]
 _HOW: Final[dict[str, Any]] = {"api_visibility": "private", "show_progress": "hidden"}

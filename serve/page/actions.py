@@ -11,11 +11,11 @@ from typing import Any, Final
 
 import gradio as gr
 
-from serve.page_captions import CaptionCalls, Captioned, Captioner
-from serve.page_client import ApiClient, Refused, Spoken
-from serve.page_door import COOKIE
-from serve.page_sessions import Session, Sessions, Shown
-from serve.page_view import STOPPED, notice, spent, table, talk, thumbnail
+from serve.page.captions import CaptionCalls, Captioned, Captioner
+from serve.page.client import ApiClient, Refused, Spoken
+from serve.page.door import COOKIE
+from serve.page.sessions import Session, Sessions, Shown
+from serve.page.view import STOPPED, notice, spent, table, talk, thumbnail
 from sg4v_ray.core.images import ImageLimits
 
 _EVERY_S: Final = 0.05

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from serve.page_client import ApiClient, Caption, Refused
+from serve.page.client import ApiClient, Caption, Refused
 
 _AT_FAULT: Final = re.compile(r"images\.(\d+)")
 _BUSY: Final = (429, 503)

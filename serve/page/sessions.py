@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.page_client import Exchange
+from serve.page.client import Exchange
 
 
 @dataclass(slots=True)
