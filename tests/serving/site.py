@@ -154,13 +154,12 @@ def counted(name: str, **labels: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
-def processes() -> list[psutil.Process]:
-    """Return the processes of Serve that requests go through."""
-    me = psutil.Process()
-    names = ("ProxyActor", "ServeReplica")
+def processes(*names: str) -> list[psutil.Process]:
+    """Return the processes with such names; those of Serve that requests go through."""
+    names = names or ("ProxyActor", "ServeReplica")
     return [
         one
-        for one in me.children(recursive=True)
+        for one in psutil.Process().children(recursive=True)
         if any(name in " ".join(one.cmdline()) for name in names)
     ]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-from ray.util.state import list_actors
 
 from tests.serving.site import (
     CHAT,
@@ -24,6 +23,7 @@ from tests.serving.site import (
     keys,
     lines_of,
     load,
+    processes,
 )
 
 pytestmark = [pytest.mark.serving, pytest.mark.soak, pytest.mark.timeout(900)]
@@ -64,8 +64,7 @@ def test_a_rolling_update_fails_no_request(server: Server, how: dict[str, Any]) 
 
 
 def replica_pids() -> list[int]:
-    actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
-    return [one.pid for one in actors if one.class_name.startswith("ServeReplica:sg4v:chat")]
+    return [one.pid for one in processes("ServeReplica:sg4v:chat")]
 
 
 def test_a_killed_replica_fails_no_request(server: Server) -> None:
