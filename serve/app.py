@@ -12,7 +12,8 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from serve.config import DESK, INGRESS, Limits, ModelDeployment, ServeConfig, read
+from serve.config import Limits, ServeConfig, read
+from serve.deployment import DESK, INGRESS, ModelDeployment
 from serve.desk import QuotaDesk
 from serve.ingress import Ingress
 from serve.replica import Replica, Served

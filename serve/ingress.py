@@ -17,7 +17,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve.answer import Piece
-from serve.config import Auth, Canary, Limits, canary_id
+from serve.config import Auth, Limits
+from serve.deployment import Canary, canary_id
 from serve.desk import DeskHandle
 from serve.guard import Guard
 from serve.protocol import ApiError

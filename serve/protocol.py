@@ -240,7 +240,7 @@ def completion(
         said: the text of each choice and why it ended.
         used: see `usage`.
     """
-    choices = [
+    choices: list[dict[str, Any]] = [
         {
             "index": index,
             "message": {

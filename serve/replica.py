@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from serve.answer import Piece, answer
-from serve.config import ModelDeployment
+from serve.deployment import ModelDeployment
 from serve.request import Job
 from sg4v_ray.core.errors import EngineError
 from sg4v_ray.core.storage import Storage

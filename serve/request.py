@@ -13,7 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from serve.config import Limits, ModelDeployment
+from serve.config import Limits
+from serve.deployment import ModelDeployment
 from serve.protocol import ChatRequest, ImagePart, Message, TextPart, bad_request
 from sg4v_ray.core.errors import TemplateError
 from sg4v_ray.core.images import FORMATS, ImageLimits, Rejected, open_image

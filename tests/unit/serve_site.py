@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from serve.answer import Piece, answer
-from serve.config import Limits, ModelDeployment
+from serve.config import Limits
+from serve.deployment import ModelDeployment
 from serve.protocol import ApiError
 from serve.request import ChatModel, Job
 from serve.routes import Routes

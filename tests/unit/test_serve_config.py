@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from serve import config as module
-from serve.config import Auth, ModelDeployment, ServeConfig, read
+from serve.config import Auth, ServeConfig, read
+from serve.deployment import ModelDeployment
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.inference.engine import Generation

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.config import Limits, ModelDeployment
+from serve.config import Limits
+from serve.deployment import ModelDeployment
 from serve.protocol import ApiError, parse
 from serve.request import ChatModel, Job, to_request
 from sg4v_ray.core.artifact import Ref

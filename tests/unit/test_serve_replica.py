@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import serve.replica
-from serve.config import ModelDeployment
+from serve.deployment import ModelDeployment
 from serve.replica import Replica, Served
 from serve.request import Job
 from sg4v_ray.core.artifact import Ref

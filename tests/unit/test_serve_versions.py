@@ -13,7 +13,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from serve import traffic
-from serve.config import Auth, Canary, ServeConfig
+from serve.config import Auth, ServeConfig
+from serve.deployment import Canary
 from serve.request import ChatModel
 from serve.routes import Routes
 from serve.traffic import SharedWeights, Weights, table

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from serve.config import Limits, ModelDeployment
+from serve.config import Limits
+from serve.deployment import ModelDeployment
 from serve.protocol import parse
 from serve.request import ChatModel, to_request
 from sg4v_ray.core.artifact import Ref

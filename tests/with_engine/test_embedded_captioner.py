@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from serve.config import Limits, ModelDeployment
+from serve.config import Limits
+from serve.deployment import ModelDeployment
 from serve.protocol import parse
 from serve.request import ChatModel, to_request
 from sg4v_ray.batch.pixels import ModelPixels, add_images

@@ -22,7 +22,8 @@ from PIL import Image
 from ray.exceptions import RayTaskError
 
 from serve.app import model_options
-from serve.config import Limits, ModelDeployment
+from serve.config import Limits
+from serve.deployment import ModelDeployment
 from serve.ingress import as_api_errors
 from serve.protocol import ApiError
 from sg4v_ray.core.artifact import Ref
