@@ -6,8 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from sg4v_ray.core.errors import ConfigError, Sg4vError
@@ -30,16 +31,25 @@ def empty(root: Path) -> None:
     (root / _MARKER).touch()
 
 
-def last_line(module: str, flags: Sequence[str], *, threads: int) -> dict[str, Any]:
+def last_line(
+    module: str,
+    flags: Sequence[str],
+    *,
+    threads: int,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Run a module in a process of its own; print and return what its last line says.
 
     Args:
+        module: which.
+        flags: of its command line.
         threads: what OMP_NUM_THREADS is there.
+        more: other variables of its environment.
 
     Raises:
         Sg4vError: it failed; its own error is above.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), **more}
     argv = [sys.executable, "-m", module, *flags]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:

@@ -43,6 +43,14 @@ _SPREAD = 0.6
 
 _SETTLED: Final = 3
 """Steps before those that are timed: memory grows, and kernels are chosen, in the first ones."""
+_KEEPS_MEMORY: Final = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+"""For both sides. Else glibc gives large tensors back to the kernel when they are freed, and a third
+of a step on CPUs is page faults, more or fewer by the thread that computes and by what else the
+host does: no matter of accelerators, whose memory torch keeps itself."""
 _TOLERANCE: Final = 1e-3
 """Relative difference of two losses above which two sides did not do the same work."""
 
@@ -141,9 +149,9 @@ def _pair(bench: Bench, number: int) -> tuple[float, float]:
         Sg4vError: a run failed, or the two did not compute the same losses.
     """
     shared = [f"--{name}={getattr(bench, name)}" for name in ("root", "steps", "threads")]
-    bare = last_line("jobs._bench_bare", shared, threads=bench.threads)
-    flags = [*shared, "--part=ours", f"--out=ours-{number}"]
-    ours = last_line("jobs.bench_training", flags, threads=bench.threads)
+    how: dict[str, Any] = {"threads": bench.threads, "more": _KEEPS_MEMORY}
+    bare = last_line("jobs._bench_bare", shared, **how)
+    ours = last_line("jobs.bench_training", [*shared, "--part=ours", f"--out=ours-{number}"], **how)
     check_same(bare["losses"], ours["losses"])
     ratio = step_s(ours["step_seconds"]) / step_s(bare["step_seconds"])
     return ratio, float(ours["data_wait_share"])
