@@ -48,9 +48,9 @@ _KEEPS_MEMORY: Final = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
-"""For both sides. Else glibc gives large tensors back to the kernel when they are freed, and a third
-of a step on CPUs is page faults, more or fewer by the thread that computes and by what else the
-host does: no matter of accelerators, whose memory torch keeps itself."""
+"""For both sides. Else glibc gives large tensors back to the kernel when they are freed, and up to
+a third of a step on CPUs is page faults, more or fewer by the thread that computes and by what else
+the host does: no matter of accelerators, whose memory torch keeps itself."""
 _TOLERANCE: Final = 1e-3
 """Relative difference of two losses above which two sides did not do the same work."""
 
