@@ -35,6 +35,8 @@ _Put = Callable[[Delta | EngineError], None]
 
 
 _KEEP_MEMORY: Final = {
+    # glibc gives every large block back to the system and takes it anew, page by page: with
+    # tensors of 16 MB, two cores wrote 5 GB/s that way and 24 GB/s into memory that was kept.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**28),
@@ -64,7 +66,7 @@ class VLLMEngine:
         if self._loop is not None:
             return
         self._rules = PromptRules.read(self._model, max_model_len=self._config.max_model_len)
-        self._set_environment()
+        os.environ.update(environment(self._threads))  # before vLLM's first import
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="vllm-engine", daemon=True
@@ -123,18 +125,6 @@ class VLLMEngine:
             await asyncio.to_thread(process.join)
         await self._stop_loop()
 
-    def _set_environment(self) -> None:
-        """Say to vLLM what it reads from the environment only, before its first import."""
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        # Without these, vLLM's CPU build pins itself to the first cores of the machine, and two
-        # engines of one node would share them.
-        os.environ["OMP_NUM_THREADS"] = str(self._threads)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        # glibc gives every large block back to the system and takes it anew, page by page: with
-        # tensors of 16 MB, two cores wrote 5 GB/s that way and 24 GB/s into memory that was kept.
-        for name, value in _KEEP_MEMORY.items():
-            os.environ.setdefault(name, value)
-
     async def _build(self) -> None:
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
@@ -145,29 +135,13 @@ class VLLMEngine:
                 f"the engine 'vllm' cannot be imported ({error}); install the packages of "
                 "requirements-gpu.lock or requirements-cpu.lock, or use the engine 'hf'"
             ) from error
-        config = self._config
-        on_cpu = current_platform.is_cpu()
-        args = AsyncEngineArgs(
-            model=str(self._model),
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.capacity,
-            tensor_parallel_size=config.tensor_parallel,
-            distributed_executor_backend=_executor(on_cpu, config.tensor_parallel),
-            enforce_eager=not config.compile,
-            kv_cache_memory_bytes=int(config.kv_cache_gb * 2**30) if on_cpu else None,
-            limit_mm_per_prompt={
-                "image": max(1, config.max_model_len // self._rules.num_image_tokens)
-            },
-            # The system prompt is the same for every row: an eighth of a short prompt. Of it whole
-            # blocks are shared, so small ones; vLLM's CPU build would take 128 tokens.
-            enable_prefix_caching=True,
-            block_size=32 if on_cpu else None,
-            # Every image is captioned once: a cache of its features would never be hit.
-            mm_processor_cache_gb=0,
-            generation_config="vllm",  # nothing but what a request asks for
-            disable_log_stats=True,
+        settings = arguments(
+            self._config,
+            self._model,
+            num_image_tokens=self._rules.num_image_tokens,
+            on_cpu=current_platform.is_cpu(),
         )
+        args = AsyncEngineArgs(**settings)
         others = set(multiprocessing.active_children())
         self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._steps.attach])
         self._processes = set(multiprocessing.active_children()) - others
@@ -211,6 +185,44 @@ class VLLMEngine:
         self._loop = None
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Return what vLLM reads from the environment only."""
+    unless_set = {"VLLM_NO_USAGE_STATS": "1", **_KEEP_MEMORY}
+    return {
+        # Without these, vLLM's CPU build pins itself to the first cores of the machine, and two
+        # engines of one node would share them.
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **{name: os.environ.get(name, value) for name, value in unless_set.items()},
+    }
+
+
+def arguments(
+    config: EngineConfig, model: Path, *, num_image_tokens: int, on_cpu: bool
+) -> dict[str, Any]:
+    """Return the fields of vLLM's engine arguments, which are also the flags of its own server."""
+    settings = {
+        "model": str(model),
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.capacity,
+        "tensor_parallel_size": config.tensor_parallel,
+        "distributed_executor_backend": _executor(on_cpu, config.tensor_parallel),
+        "enforce_eager": not config.compile,
+        "kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30) if on_cpu else None,
+        "limit_mm_per_prompt": {"image": max(1, config.max_model_len // num_image_tokens)},
+        # The system prompt is the same for every row: an eighth of a short prompt. Of it whole
+        # blocks are shared, so small ones; vLLM's CPU build would take 128 tokens.
+        "enable_prefix_caching": True,
+        "block_size": 32 if on_cpu else None,
+        # Every image is captioned once: a cache of its features would never be hit.
+        "mm_processor_cache_gb": 0,
+        "generation_config": "vllm",  # nothing but what a request asks for
+        "disable_log_stats": True,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def _end_with_us(processes: Iterable[Any]) -> "subprocess.Popen[bytes]":
     """Start a shell that kills these processes when this one is gone, in whatever way.
 
@@ -228,8 +240,8 @@ def _end_with_us(processes: Iterable[Any]) -> "subprocess.Popen[bytes]":
     )
 
 
-def _executor(on_cpu: bool, tensor_parallel: int) -> Any:
-    """Return the class that runs the model, or None for vLLM's own choice.
+def _executor(on_cpu: bool, tensor_parallel: int) -> str | None:
+    """Name the class that runs the model; None is vLLM's own choice.
 
     On CPUs vLLM runs it in one process more, and the scheduler's process spins while it waits: on
     two cores, both busy with the model, that cost a quarter of the speed. vLLM does so to bind
@@ -237,9 +249,7 @@ def _executor(on_cpu: bool, tensor_parallel: int) -> Any:
     """
     if not on_cpu or tensor_parallel > 1:
         return None
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-    return UniProcExecutor
+    return "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def _sampling(how: Generation, limit: int, *, eos_token: int) -> Any:
