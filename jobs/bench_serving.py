@@ -2,8 +2,8 @@
 """Bench: our server beside vLLM's own, around the same engine with the same weights.
 
 python -m jobs.bench_serving [--root FOLDER] [flags]
-python -m jobs.bench_serving --url http://127.0.0.1:8000 --model captioner   # any endpoint alone
 
+With --url and --model it measures any server that runs, and with --bare-url it compares two.
 Every request has a photograph that its server has not seen, and asks for a set number of tokens.
 Loads alternate between the two, so that what else the machine does slows both alike. Prints a
 JSON line a load, a table, and last the ratios; all of it is in report.json.
