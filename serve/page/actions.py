@@ -136,7 +136,7 @@ class Actions:
         self,
         files: list[str] | None,
         model: str | None,
-        instruction: str,
+        instruction: str | None,
         key: str,
         request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
@@ -148,7 +148,11 @@ class Actions:
             yield _SAME, notice(_FORGOTTEN if session is None else many)
             return
         whom = Captioner(
-            self._client, key, self._limits.calls, model or None, instruction.strip() or None
+            self._client,
+            key,
+            self._limits.calls,
+            model or None,
+            (instruction or "").strip() or None,
         )
         done: list[tuple[Captioned, str | None]] = []
         task = asyncio.create_task(self._captions(whom, paths, done))
