@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.page.page_site import Site
 
-pytestmark = pytest.mark.serving
+pytestmark = [pytest.mark.serving, pytest.mark.soak]
 HOSTILE = (
     "<img src=http://elsewhere.test/a.png onerror=document.title='ran'> "
     "![b](http://elsewhere.test/b.png) <script>document.title='ran'</script> "
