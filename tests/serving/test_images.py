@@ -59,7 +59,7 @@ def test_liveness_answers_while_clients_send_images_of_20_megapixels(server: Ser
 
 def test_memory_comes_back_after_500_bodies_of_5_megabytes(server: Server) -> None:
     server.deploy(models=[MODEL])
-    images = [photo(1300, 1000, seed=seed, kind="PNG", compress_level=1) for seed in range(4)]
+    images = [photo(1500, 1200, seed=seed, kind="PNG", compress_level=1) for seed in range(4)]
     assert all(4 * MIB < len(one) < 6 * MIB for one in images)
 
     async def send(count: int) -> Seen:
