@@ -64,7 +64,11 @@ async def asking(endpoint: Endpoint) -> AsyncGenerator[Ask, None]:
         headers["authorization"] = f"Bearer {endpoint.key}"
     limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
     async with httpx.AsyncClient(
-        base_url=endpoint.url, headers=headers, limits=limits, timeout=_TIMEOUT_S
+        base_url=endpoint.url,
+        headers=headers,
+        limits=limits,
+        timeout=_TIMEOUT_S,
+        trust_env=False,  # a proxy of the environment is no part of what is measured
     ) as http:
 
         async def ask(data: bytes, due_s: float) -> Sample:
