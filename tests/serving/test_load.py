@@ -71,7 +71,9 @@ async def crowd(server: Server) -> tuple[list[str], list[str | None], list[bool]
 
 def test_a_thousand_streams_of_which_half_are_left_leave_nothing_behind(server: Server) -> None:
     engine = {**MODEL["engine"], "capacity": AT_ONCE, "latency_s": 0.02}  # type: ignore[dict-item]
-    server.deploy(models=[{**MODEL, "engine": engine, "max_ongoing": 2 * AT_ONCE}])
+    server.deploy(
+        models=[{**MODEL, "engine": engine, "max_ongoing": 2 * AT_ONCE, "max_queued": 256}]
+    )
     asyncio.run(crowd_of_one(server))
     before = handles()
     expected, said, leaves = asyncio.run(crowd(server))
