@@ -101,15 +101,17 @@ def config(root: Path, port: int, *, threads: int) -> dict[str, Any]:
 def bare(root: Path, *, threads: int) -> Iterator[Side]:
     """Run vLLM's own server over the same folder, with the engine's settings."""
     port = _free_port()
-    argv = ["nice", "-n", str(_RAYS_NICENESS), sys.executable, "-m", "vllm.entrypoints.cli.main"]
-    argv += ["serve", *bare_flags(root / site.CAPTIONER.path / "model", port)]
+    # Not `vllm serve`, which looks for the package `vllm`: the CPU build is named otherwise.
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    flags = bare_flags(root / site.CAPTIONER.path / "model", port)
+    argv = ["nice", "-n", str(_RAYS_NICENESS), *server, *flags]
     url = f"http://127.0.0.1:{port}"
     with _started("bare", argv, environment(threads), url, "/health", root) as one:
         yield one
 
 
 def bare_flags(folder: Path, port: int) -> list[str]:
-    """Return the arguments of `vllm serve` that say what our engine says to vLLM."""
+    """Return the arguments of vLLM's server that say what our engine says to vLLM."""
     settings = arguments(
         ENGINE, folder, num_image_tokens=load_site.MODEL.num_image_tokens, on_cpu=True
     )
@@ -119,7 +121,7 @@ def bare_flags(folder: Path, port: int) -> list[str]:
         "port": port,
         "chat_template_content_format": "openai",  # ours reads a message's parts
     }
-    return [settings.pop("model"), *(_flag(name, value) for name, value in settings.items())]
+    return [_flag(name, value) for name, value in settings.items()]
 
 
 def _flag(name: str, value: Any) -> str:
@@ -148,8 +150,10 @@ def _started(
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     deadline_s = time.monotonic() + _START_S
     while not _is_well(url):
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            raise Sg4vError(f"the server did not start within {_START_S:g} s; see {log}")
+        if process.poll() is not None:
+            raise Sg4vError(f"the server ended before it was ready; {log} says why")
+        if time.monotonic() > deadline_s:
+            raise Sg4vError(f"the server was not ready within {_START_S:g} s; see {log}")
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=0.5)
 
