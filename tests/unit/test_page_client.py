@@ -6,6 +6,7 @@ import json
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -265,7 +266,9 @@ def test_a_busy_server_is_asked_again_when_it_says(
     async def sleep(seconds: float) -> None:
         waited.append(seconds)
 
-    monkeypatch.setattr("serve.page.captions.asyncio.sleep", sleep)
+    # The module's own name for it: loops of other threads sleep too.
+    own = SimpleNamespace(sleep=sleep, to_thread=asyncio.to_thread)
+    monkeypatch.setattr("serve.page.captions.asyncio", own)
     (file,) = files_in(tmp_path, png("teal"))
     client, calls = busy(2, 7)
     ((made,),) = run(captioned(Captioner(client, "", CALLS), file))
