@@ -95,6 +95,7 @@ def ingress_options(config: ServeConfig) -> dict[str, Any]:
         "name": INGRESS,
         "num_replicas": config.ingress_replicas,
         "max_ongoing_requests": config.max_ingress_ongoing,
+        "max_surge_percent": 100,  # new ones first: they need no GPU
         # Reached only when clients outrun our own refusals; Serve then answers for us.
         "max_queued_requests": 128,
         "backpressure_config": {"status_code": 503, "retry_after_s": 1},
@@ -141,9 +142,7 @@ def _shared_options(limits: Limits) -> dict[str, Any]:
         "health_check_timeout_s": 30.0,
         # A model that does not load will not load the twentieth time either.
         "max_constructor_retry_count": 3,
-        # One in five at a time; what has no GPU starts its new ones first.
-        "rolling_update_percentage": 0.2,
-        "max_surge_percent": 100,
+        "rolling_update_percentage": 0.2,  # one in five at a time
         # Method, route, status and seconds. Bodies are never logged, by us or by Serve.
         "logging_config": {"enable_access_log": True, "log_level": "INFO"},
     }

@@ -63,11 +63,10 @@ def describe(config: ServeConfig, args: dict[str, str], uri: str) -> dict[str, A
     """Return what `serve deploy` reads.
 
     Raises:
-        ConfigError: a root or cache that nodes would look for in the package.
+        ConfigError: a cache that nodes would look for in the package.
     """
-    for name in ("root", "cache"):
-        if args.get(name, "/").startswith("."):
-            raise ConfigError(f"{name}={args[name]} is relative; give an absolute path or a URI")
+    if not config.cache.startswith(("/", "~")):
+        raise ConfigError(f"cache {config.cache!r} is relative; give an absolute path, or ~/...")
     return {
         "proxy_location": "EveryNode",
         "http_options": http_options(config),

@@ -66,7 +66,7 @@ class Replica:
         try:
             async with aclosing(pieces) as opened:
                 async for piece in opened:
-                    yield replace(piece, waited_s=waited_s)
+                    yield piece if waited_s is None else replace(piece, waited_s=waited_s)
                     waited_s = None
         except (EngineError, TimeoutError):
             self._suspected_at = self._engine.stats().decode_steps

@@ -131,11 +131,19 @@ def table(client: httpx.Client, shift: tuple[str, float] | None) -> list[dict[st
             answer = client.post("/admin/traffic", json={"model": shift[0], "weight": shift[1]})
     except httpx.HTTPError as error:
         raise Sg4vError(f"no server at {client.base_url}: {error}; give --url") from error
-    if answer.is_error:
-        said = answer.json()["error"]["message"]
-        raise Sg4vError(f"{said} (the key is read from SG4V_API_KEY and needs the scope 'admin')")
-    found: list[dict[str, Any]] = answer.json()["data"]
-    return found
+    try:
+        said = answer.json()
+        if answer.is_success:
+            found: list[dict[str, Any]] = said["data"]
+            return found
+        message = said["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        raise Sg4vError(
+            f"what answers at {client.base_url} is not this server; give its address as --url"
+        ) from None
+    is_about_key = answer.status_code in (401, 403)
+    hint = "; SG4V_API_KEY must hold a key with the scope 'admin'" if is_about_key else ""
+    raise Sg4vError(f"{message}{hint}")
 
 
 def _weight(text: str, parser: argparse.ArgumentParser) -> float:

@@ -23,10 +23,10 @@ def schema(server: Server) -> Any:
 
 
 def test_five_thousand_requests_are_answered_as_the_document_says(schema: Any) -> None:
-    operations = len(list(schema.get_all_operations()))
-    statuses = hold(schema, examples=5000 // operations + 1, headers=KEY)
+    # Operations without parameters have one example each; four have bodies or a path to vary.
+    statuses = hold(schema, examples=1300, headers=KEY)
     print(dict(statuses))
-    assert sum(statuses.values()) >= 4000  # small sets of examples are exhausted earlier
+    assert sum(statuses.values()) >= 5000
     assert statuses[200] and statuses[400]
     assert not {500, 502, 503} & statuses.keys()
 

@@ -148,3 +148,13 @@ def test_a_canary_is_a_deployment_of_its_own() -> None:
     stable, canary = config.deployments
     assert (stable.id, str(stable.artifact)) == ("captioner", "captioner@v1")
     assert (canary.id, str(canary.artifact)) == ("captioner.canary", "captioner@v2")
+
+
+@pytest.mark.parametrize("said", [{"text": "<html>"}, {"json": {}}, {"json": []}])
+def test_another_server_is_told_from_this_one(said: dict[str, Any]) -> None:
+    other = httpx.MockTransport(lambda _: httpx.Response(404, **said))
+    with (
+        httpx.Client(base_url="http://other.example", transport=other) as client,
+        pytest.raises(Sg4vError, match="is not this server"),
+    ):
+        table(client, None)
