@@ -3,7 +3,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import pytest
 from serve.keys import new_key
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.recipes import embedded
+from tests.waiting import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 REPORT = REPOSITORY / "runs/compat/report.json"
@@ -64,12 +64,6 @@ class Row:
 _ROWS = pytest.StashKey[list[Row]]()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _wait_until_ready(server: Server, process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline, pause = time.monotonic() + 240, threading.Event()
     with httpx.Client(headers={"authorization": f"Bearer {server.key}"}, trust_env=False) as client:
@@ -85,7 +79,7 @@ def _wait_until_ready(server: Server, process: "subprocess.Popen[bytes]", log: P
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder, port = tmp_path_factory.mktemp("compat"), _free_port()
+    folder, port = tmp_path_factory.mktemp("compat"), free_port()
     ref = embedded.install_captioner(Storage(str(folder / "root")))
     secret, key = new_key("clients")
     keys, config, log = folder / "keys.yaml", folder / "serve.yaml", folder / "log"

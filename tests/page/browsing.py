@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a test uses the page."""
 
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +20,7 @@ CHROMIUM = Path("/usr/bin/chromium")
 def chromium() -> "Iterator[Browser]":
     """Run a headless Chromium; meanwhile an event loop runs in this thread."""
     if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM}; install it with `apt-get install chromium`")
+        pytest.fail(f"no {CHROMIUM}; install it with `apt-get install chromium`")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -35,14 +33,6 @@ def chromium() -> "Iterator[Browser]":
             yield browser
         finally:
             browser.close()
-
-
-def eventually(condition: Callable[[], bool], *, within_s: float = 10.0) -> None:
-    """Wait for a condition, asking anew each time; a condition that never holds fails."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so after {within_s:g} s"
-        threading.Event().wait(0.02)
 
 
 def attach(page: "Page", *files: Path, to: str = "#question") -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.page.browsing import answers, ask, attach, circle, eventually, wait_for_answers
+from tests.page.browsing import answers, ask, attach, circle, wait_for_answers
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -5,7 +5,6 @@ import asyncio
 import base64
 import hashlib
 import json
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -24,13 +23,13 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from serve.app import build
-from sg4v_ray.core.artifact import Ref, begin, commit
-from sg4v_ray.core.lease import hold
-from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.artifact import Ref
+from tests.unit.serve_site import commit_model
+from tests.waiting import free_port
 
 WAIT_S = 60.0
 CHAT = "/v1/chat/completions"
-MODEL = {
+MODEL: dict[str, Any] = {
     "id": "chat",
     "artifact": {"name": "vlm", "version": "v1"},
     "template": "vicuna_v1",
@@ -81,10 +80,8 @@ class Server:
 def running(folder: Path, model: Path, *, cpus: int = 8) -> Iterator[Server]:
     """Start Ray and Serve; the caller deploys. A model lies there in two versions."""
     for version in ("v1", "v2"):
-        commit_model(folder / "root", version, model)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        commit_model(folder / "root", Ref(name="vlm", version=version), model)
+    port = free_port()
     ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     try:
         http = HTTPOptions(host="127.0.0.1", port=port, request_timeout_s=120)
@@ -93,16 +90,6 @@ def running(folder: Path, model: Path, *, cpus: int = 8) -> Iterator[Server]:
     finally:
         serve.shutdown()
         ray.shutdown()
-
-
-def commit_model(root: Path, version: str, folder: Path) -> None:
-    """Make a model folder the artifact `vlm`."""
-    ref = Ref(name="vlm", version=version)
-    storage, config = Storage(str(root)), {"made": f"for a test, {ref}"}
-    home = begin(storage, ref, config)
-    with hold(home) as lease:
-        digests = home.upload(folder, "model")
-        commit(storage, ref, config=config, inputs={}, counts={}, digests=digests, lease=lease)
 
 
 def keys(folder: Path, *entries: dict[str, Any]) -> dict[str, str]:
@@ -162,15 +149,6 @@ def processes(*names: str) -> list[psutil.Process]:
         for one in psutil.Process().children(recursive=True)
         if any(name in " ".join(one.cmdline()) for name in names)
     ]
-
-
-def eventually(condition: Callable[[], bool], *, within_s: float = WAIT_S) -> float:
-    """Wait for a condition, asking anew each time; return the seconds that it took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() < began + within_s, f"not so after {within_s:g} s"
-        time.sleep(0.05)
-    return time.monotonic() - began
 
 
 @dataclass

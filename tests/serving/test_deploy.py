@@ -18,8 +18,11 @@ import pytest
 import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from tests.serving.site import CHAT, MODEL, ask, commit_model, eventually
-from tests.soak.test_job_submit import free_port, head_node
+from sg4v_ray.core.artifact import Ref
+from tests.serving.site import CHAT, MODEL, ask
+from tests.soak.test_job_submit import head_node
+from tests.unit.serve_site import commit_model
+from tests.waiting import eventually, free_port
 
 pytestmark = [pytest.mark.serving, pytest.mark.soak, pytest.mark.timeout(900)]
 BIN = Path(sys.executable).parent
@@ -61,11 +64,11 @@ def collector() -> Iterator[Collector]:
     made.shutdown()
 
 
-def config_file(folder: Path, port: str, **model: Any) -> Path:
+def config_file(folder: Path, port: int, **model: Any) -> Path:
     file = folder / "config.yaml"
     whole = {
         "auth": {"anonymous": True},
-        "port": int(port),
+        "port": port,
         "tracing": {"sampling_ratio": 1.0},
         "ingress_cpus": 0.1,
         "models": [{**MODEL, **model}],
@@ -87,8 +90,8 @@ def deploy(environment: dict[str, str], folder: Path, config: Path) -> None:
 def test_a_packaged_server_is_deployed_changed_and_traced(
     tmp_path: Path, tiny_model: Path, collector: Collector
 ) -> None:
-    commit_model(tmp_path / "root", "v1", tiny_model)
-    commit_model(tmp_path / "root", "v2", tiny_model)
+    commit_model(tmp_path / "root", Ref(name="vlm", version="v1"), tiny_model)
+    commit_model(tmp_path / "root", Ref(name="vlm", version="v2"), tiny_model)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     told = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_address[1]}"}
@@ -108,7 +111,6 @@ def test_a_packaged_server_is_deployed_changed_and_traced(
         version2 = {"artifact": {"name": "vlm", "version": "v2"}}
         deploy(environment, tmp_path, config_file(tmp_path, port, **version2))
         eventually(lambda: fingerprint() not in (None, old), within_s=180)
-        asked = [one for one in collector.spans if one.get("gen_ai.request.model") == "chat"]
         eventually(
             lambda: any(
                 one.get("gen_ai.response.model") == "vlm@v2"
@@ -117,12 +119,13 @@ def test_a_packaged_server_is_deployed_changed_and_traced(
             ),
             within_s=30,
         )
-        assert all(one["gen_ai.response.model"] in ("vlm@v1", "vlm@v2") for one in asked)
+        asked = [one for one in collector.spans if one.get("gen_ai.request.model") == "chat"]
+        assert {one["gen_ai.response.model"] for one in asked} == {"vlm@v1", "vlm@v2"}
 
 
 def test_the_server_stops_when_it_is_told_to(tmp_path: Path, tiny_model: Path) -> None:
     """`python -m serve` in the foreground: ready after a while, and gone after Ctrl-C."""
-    commit_model(tmp_path / "root", "v1", tiny_model)
+    commit_model(tmp_path / "root", Ref(name="vlm", version="v1"), tiny_model)
     port = free_port()
     config = config_file(tmp_path, port)
     command = [sys.executable, "-m", "serve", f"config={config}", f"root={tmp_path / 'root'}"]

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.serving.site import MODEL, Seen, Server, ask, eventually, photo, post, processes
+from tests.serving.site import MODEL, Seen, Server, ask, photo, post, processes
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.serving, pytest.mark.soak, pytest.mark.timeout(900)]
 MIB = 2**20

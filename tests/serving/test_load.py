@@ -16,12 +16,12 @@ from tests.serving.site import (
     ask,
     at_rate,
     counted,
-    eventually,
     keys,
     lines_of,
     post,
     processes,
 )
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.serving, pytest.mark.soak, pytest.mark.timeout(900)]
 STREAMS, AT_ONCE, PROMPTS = 1000, 64, 16
@@ -70,7 +70,7 @@ async def crowd(server: Server, streams: int) -> tuple[list[str], list[str | Non
 
 
 def test_a_thousand_streams_of_which_half_are_left_leave_nothing_behind(server: Server) -> None:
-    engine = {**MODEL["engine"], "capacity": AT_ONCE, "latency_s": 0.02}  # type: ignore[dict-item]
+    engine = {**MODEL["engine"], "capacity": AT_ONCE, "latency_s": 0.02}
     server.deploy(
         models=[{**MODEL, "engine": engine, "max_ongoing": 2 * AT_ONCE, "max_queued": 256}]
     )
@@ -94,7 +94,7 @@ def test_beyond_capacity_what_is_accepted_is_as_fast_and_the_rest_is_told_when_t
     server: Server,
 ) -> None:
     # 8 rows of 20 tokens of 50 ms each: 8 requests a second.
-    engine = {**MODEL["engine"], "latency_s": 0.05}  # type: ignore[dict-item]
+    engine = {**MODEL["engine"], "latency_s": 0.05}
     server.deploy(models=[{**MODEL, "engine": engine, "max_ongoing": 8, "max_queued": 4}])
 
     async def body() -> tuple[Seen, Seen]:

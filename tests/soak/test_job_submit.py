@@ -4,7 +4,6 @@
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -21,18 +20,13 @@ from sg4v_ray.core.storage import Storage
 from sg4v_ray.recipes.easy_vqa import CAPTIONS
 from tests.teacher_server.config import Always, ServerConfig
 from tests.teacher_server.running import serving
+from tests.waiting import free_port
 from tests.with_ray.collect_site import FLAGS, KEY_VARIABLE, make_collect_site
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 REPO = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +42,7 @@ def head_node(secret: dict[str, str]) -> Iterator[dict[str, str]]:
     Args:
         secret: variables of the node that its users do not have.
     """
-    dashboard = free_port()
+    dashboard = str(free_port())
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",

@@ -17,7 +17,9 @@ from serve.protocol import ApiError
 from serve.request import ChatModel, Job
 from serve.routes import Routes
 from serve.versions import Entry
-from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.artifact import Ref, begin, commit
+from sg4v_ray.core.lease import hold
+from sg4v_ray.core.storage import Storage
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.fake import FakeEngine
 from sg4v_ray.inference.open import EngineConfig
@@ -92,3 +94,12 @@ def png(colour: str) -> bytes:
 
 def uri(colour: str) -> str:
     return "data:image/png;base64," + base64.b64encode(png(colour)).decode()
+
+
+def commit_model(root: Path, ref: Ref, folder: Path) -> None:
+    """Make a model folder an artifact."""
+    storage, config = Storage(str(root)), {"made": f"for a test, {ref}"}
+    home = begin(storage, ref, config)
+    with hold(home) as lease:
+        digests = home.upload(folder, "model")
+        commit(storage, ref, config=config, inputs={}, counts={}, digests=digests, lease=lease)

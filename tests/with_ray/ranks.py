@@ -8,7 +8,6 @@ A phase is a run with some number of ranks that may end before its plan does.
 
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import uuid
@@ -23,6 +22,7 @@ from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.progress import Progress
+from tests.waiting import free_port
 from tests.with_ray.training_site import Site
 
 T = TypeVar("T")
@@ -42,13 +42,7 @@ class Phase:
     spoil: tuple[int, int, float] | None = None
     """Rank, step, and the factor of that rank's part of the loss in it."""
     start: ModelSource | int = 3
-    port: int = field(default_factory=lambda: _free_port())
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    port: int = field(default_factory=free_port)
 
 
 def run_phase(phase: Phase) -> Progress:

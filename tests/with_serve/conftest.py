@@ -2,7 +2,6 @@
 """One Ray, one Serve, one application with two fake models, for all tests of this folder."""
 
 import hashlib
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
 from serve.app import build
-from sg4v_ray.core.artifact import Ref, begin, commit
-from sg4v_ray.core.lease import hold
-from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.artifact import Ref
+from tests.unit.serve_site import commit_model
+from tests.waiting import free_port
 
 KEY, LIMITED, READER = "sg4v-test-key", "sg4v-limited-key", "sg4v-metrics-key"
 CONFIG = """
@@ -66,25 +65,11 @@ def _sha256(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _commit_model(root: Path, name: str, folder: Path) -> None:
-    storage, ref, config = Storage(str(root)), Ref(name=name), {"made": "for a test"}
-    home = begin(storage, ref, config)
-    with hold(home) as lease:
-        digests = home.upload(folder, "model")
-        commit(storage, ref, config=config, inputs={}, counts={}, digests=digests, lease=lease)
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
     for name in ("captioner", "vlm"):
-        _commit_model(folder / "root", name, tiny_model)
+        commit_model(folder / "root", Ref(name=name), tiny_model)
     keys = folder / "keys.yaml"
     keys.write_text(
         "keys:\n"
@@ -95,7 +80,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     )
     (folder / "serve.yaml").write_text(CONFIG.replace("KEYS_FILE", str(keys)))
     app = build({"config": str(folder / "serve.yaml"), "root": str(folder / "root")})
-    port = _free_port()
+    port = free_port()
     own_ray = not ray.is_initialized()  # tests/with_ray keeps its Ray to the end of the session
     if own_ray:
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -12,8 +12,9 @@ from ray import serve
 from serve.config import Auth, ServeConfig
 from serve.page import app as page
 from serve.page.config import PageConfig
-from tests.page.browsing import answers, ask, attach, chromium, eventually, wait_for_answers
+from tests.page.browsing import answers, ask, attach, chromium, wait_for_answers
 from tests.unit.serve_site import DEPLOYMENT, png
+from tests.waiting import eventually
 from tests.with_serve.conftest import KEY
 from tests.with_serve.test_serve import running
 

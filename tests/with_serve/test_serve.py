@@ -7,8 +7,7 @@ The engines are fake. What is refused, and with which words, is in `tests/unit/t
 import base64
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +31,7 @@ from sg4v_ray.core.records import Turn
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.conversation import Conversation
+from tests.waiting import eventually
 from tests.with_serve.conftest import KEY, LIMITED, READER
 
 if TYPE_CHECKING:
@@ -57,14 +57,6 @@ def ask(words: str, *, url: str | None = None) -> list[Any]:
 def running(server: "Server", model_id: str) -> int:
     stats = server.handle(model_id).stats.remote().result(timeout_s=WAIT_S)
     return int(stats.running + stats.waiting)
-
-
-def eventually(condition: Callable[[], bool], *, within_s: float = WAIT_S) -> None:
-    """Wait for a condition, asking anew each time; a condition that never holds fails."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so after {within_s:g} s"
-        threading.Event().wait(0.02)
 
 
 def test_both_models_are_listed(server: "Server") -> None:
