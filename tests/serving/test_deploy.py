@@ -2,9 +2,7 @@
 """`python -m serve.package`, then `serve deploy` on a cluster behind a token, spans included."""
 
 import http.server
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -123,26 +121,36 @@ def test_a_packaged_server_is_deployed_changed_and_traced(
         assert {one["gen_ai.response.model"] for one in asked} == {"vlm@v1", "vlm@v2"}
 
 
-def test_the_server_stops_when_it_is_told_to(tmp_path: Path, tiny_model: Path) -> None:
-    """`python -m serve` in the foreground: ready after a while, and gone after Ctrl-C."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_told_to_stop_answers_first_what_it_accepted(
+    how: signal.Signals, tmp_path: Path, tiny_model: Path
+) -> None:
     commit_model(tmp_path / "root", Ref(name="vlm", version="v1"), tiny_model)
     port = free_port()
-    config = config_file(tmp_path, port)
+    config = config_file(tmp_path, port, engine={**MODEL["engine"], "latency_s": 0.1})
     command = [sys.executable, "-m", "serve", f"config={config}", f"root={tmp_path / 'root'}"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
     try:
-        url = f"http://127.0.0.1:{port}/health/ready"
+        url = f"http://127.0.0.1:{port}"
 
         def is_ready() -> bool:
             assert server.poll() is None
             try:
-                return httpx.get(url, timeout=30).status_code == 200
+                return httpx.get(f"{url}/health/ready", timeout=30).status_code == 200
             except httpx.ConnectError:
                 return False
 
         eventually(is_ready, within_s=180)
-        assert json.loads(httpx.get(url).text)["models"] == {"chat": True}
-    finally:
-        server.send_signal(signal.SIGINT)
+        body = ask("Say", stream=True)  # at 0.1 s a token and at most 60 tokens
+        with httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.send_signal(how)
+            rest = list(lines)
+        assert rest[-2] == "data: [DONE]"
+        assert len(rest) > 20
         _, said = server.communicate(timeout=120)
-    assert not re.search("Traceback", said), said
+        assert server.returncode == 0
+        assert "Traceback" not in said, said
+    finally:
+        server.kill()
