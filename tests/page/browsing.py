@@ -54,8 +54,9 @@ def answers(page: "Page") -> list[str]:
 
 
 def wait_for_answers(page: "Page", count: int) -> None:
-    """Wait until so many answers have ended."""
+    """Wait until so many answers have ended, and the next question may be sent."""
     page.locator("#chat .note").nth(count - 1).wait_for()
+    page.wait_for_selector("#question .submit-button")
 
 
 def circle(colour: str) -> bytes:
