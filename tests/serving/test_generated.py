@@ -23,8 +23,8 @@ def schema(server: Server) -> Any:
 
 
 def test_five_thousand_requests_are_answered_as_the_document_says(schema: Any) -> None:
-    # Operations without parameters have one example each; four have bodies or a path to vary.
-    statuses = hold(schema, examples=1300, headers=KEY)
+    # Operations without parameters have one example each; nine have something to vary.
+    statuses = hold(schema, examples=600, headers=KEY)
     print(dict(statuses))
     assert sum(statuses.values()) >= 5000
     assert statuses[200] and statuses[400]
