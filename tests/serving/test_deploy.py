@@ -2,12 +2,12 @@
 """`python -m serve.package`, then `serve deploy` on a cluster behind a token, spans included."""
 
 import http.server
-import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.recipes import embedded
+from tests.page.browsing import circle
 from tests.serving.site import CHAT, MODEL, ask
 from tests.soak.test_job_submit import head_node
 from tests.unit.serve_site import commit_model
@@ -121,6 +124,19 @@ def test_a_packaged_server_is_deployed_changed_and_traced(
         assert {one["gen_ai.response.model"] for one in asked} == {"vlm@v1", "vlm@v2"}
 
 
+def test_the_demos_captioner_is_served_with_the_page_as_the_readme_says(tmp_path: Path) -> None:
+    embedded.install_captioner(Storage(str(tmp_path / "root")))
+    port = free_port()
+    config = tmp_path / "config.yaml"
+    config.write_text(f"port: {port}\n" + Path("serve/config.demo.yaml").read_text())
+    with in_foreground(config, tmp_path / "root", port):
+        url = f"http://127.0.0.1:{port}"
+        upload = {"image": ("teal.png", circle("teal"), "image/png")}
+        (caption,) = httpx.post(f"{url}/v1/captions", files=upload, timeout=60).json()["data"]
+        assert "circle" in caption["caption"]
+        assert "sg4v-ray" in httpx.get(f"{url}/chat/", timeout=60).text
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_server_that_is_told_to_stop_answers_first_what_it_accepted(
     how: signal.Signals, tmp_path: Path, tiny_model: Path
@@ -128,19 +144,8 @@ def test_a_server_that_is_told_to_stop_answers_first_what_it_accepted(
     commit_model(tmp_path / "root", Ref(name="vlm", version="v1"), tiny_model)
     port = free_port()
     config = config_file(tmp_path, port, engine={**MODEL["engine"], "latency_s": 0.1})
-    command = [sys.executable, "-m", "serve", f"config={config}", f"root={tmp_path / 'root'}"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
-    try:
-        url = f"http://127.0.0.1:{port}"
-
-        def is_ready() -> bool:
-            assert server.poll() is None
-            try:
-                return httpx.get(f"{url}/health/ready", timeout=30).status_code == 200
-            except httpx.ConnectError:
-                return False
-
-        eventually(is_ready, within_s=180)
+    url = f"http://127.0.0.1:{port}"
+    with in_foreground(config, tmp_path / "root", port) as server:
         body = ask("Say", stream=True)  # at 0.1 s a token and at most 60 tokens
         with httpx.stream("POST", f"{url}{CHAT}", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
@@ -152,5 +157,26 @@ def test_a_server_that_is_told_to_stop_answers_first_what_it_accepted(
         _, said = server.communicate(timeout=120)
         assert server.returncode == 0
         assert "Traceback" not in said, said
+
+
+@contextmanager
+def in_foreground(config: Path, root: Path, port: int) -> Iterator["subprocess.Popen[str]"]:
+    """Run `python -m serve` until the body ends; the body begins when it is ready."""
+    command = [sys.executable, "-m", "serve", f"config={config}", f"root={root}"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def is_ready() -> bool:
+        assert server.poll() is None, server.communicate()
+        try:
+            url = f"http://127.0.0.1:{port}/health/ready"
+            return httpx.get(url, timeout=30).status_code == 200
+        except httpx.ConnectError:
+            return False
+
+    try:
+        eventually(is_ready, within_s=180)
+        yield server
     finally:
-        server.kill()
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)
+        server.communicate(timeout=120)

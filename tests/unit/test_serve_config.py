@@ -15,6 +15,7 @@ from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.instructions import UNIFIED
+from sg4v_ray.recipes import easy_vqa, embedded, paper
 
 OPEN = Auth(anonymous=True)
 ENGINE = EngineConfig(kind="fake", capacity=4, max_model_len=400)
@@ -102,15 +103,31 @@ def test_a_full_queue_is_noticed_by_the_ingress_not_by_the_proxy() -> None:
     assert config.max_ingress_ongoing > 3 * model.max_ongoing + model.max_queued
 
 
-def test_the_shipped_config_asks_the_captioner_what_it_was_taught() -> None:
-    file = Path(module.__file__).with_name("config.easy-vqa.yaml")
-    captioner, _ = read({"config": str(file), "root": "/runs"}).models
-    assert captioner.instruction == UNIFIED
+def shipped(name: str) -> ServeConfig:
+    file = Path(module.__file__).with_name(f"config.{name}.yaml")
+    return read({"config": str(file), "root": "/runs"})
 
 
-def test_the_shipped_config_fits_a_machine_with_two_cores() -> None:
-    file = Path(module.__file__).with_name("config.easy-vqa.yaml")
-    config = read({"config": str(file), "root": "/runs"})
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [
+        ("demo", [embedded.CAPTIONER]),
+        ("easy-vqa", [easy_vqa.CAPTIONER, easy_vqa.VLM]),
+        ("sharegpt4v", [paper.CAPTIONER, paper.VLM]),
+    ],
+)
+def test_a_shipped_config_serves_what_its_recipe_makes_as_it_was_taught(
+    name: str, served: list[Ref]
+) -> None:
+    config = shipped(name)
+    assert [one.artifact for one in config.models] == served
+    assert config.models[0].instruction == UNIFIED
+    assert {(one.template, one.geometry) for one in config.models} == {("vicuna_v1", "pad")}
+
+
+@pytest.mark.parametrize("name", ["demo", "easy-vqa"])
+def test_a_nano_config_fits_a_machine_with_two_cores(name: str) -> None:
+    config = shipped(name)
     cpus = config.ingress_cpus * config.ingress_replicas + config.desk_cpus
     cpus += 0.1  # for the page, as the comment in it says
     cpus += sum(one.num_cpus * one.max_replicas for one in config.models)
