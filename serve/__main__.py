@@ -3,13 +3,15 @@
 
 The API stands at `/`; the chat page, if the config has one, at its route. RAY_ADDRESS names the
 cluster that serves; without it this machine does. SIGINT (Ctrl-C) and SIGTERM end it: what was
-accepted is answered first.
+accepted is answered first, and new requests find nothing (404 of Serve's proxy).
 """
 
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 from typing import Any, Final
 
 import ray
@@ -20,7 +22,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from serve.app import application
 from serve.config import ServeConfig, Tracing, read
 from serve.page import app as page
-from sg4v_ray.core.errors import Sg4vError
+from sg4v_ray.core.errors import ConfigError, Sg4vError
 from sg4v_ray.core.observe import set_up_logging
 from sg4v_ray.core.tracing import EXPORTER
 
@@ -31,15 +33,19 @@ _log = logging.getLogger(__name__)
 def main(arguments: list[str]) -> None:
     """Serve as the config says, until a signal ends it."""
     set_up_logging()
-    config = read(pairs(arguments))
+    config = read(pairs(arguments, __doc__))
     app = application(config)
+    cluster = os.environ.get("RAY_ADDRESS") or "local"
+    if cluster == "local":
+        _check_port(config)
     # Named, because Ray would wait for the cluster last started here, even when that is long gone.
-    ray.init(os.environ.get("RAY_ADDRESS") or "local")
+    ray.init(cluster)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _run(app, config)
+        threading.Event().wait()
     except KeyboardInterrupt:
-        _log.warning("Stopping: accepted requests are answered, new ones are refused.")
+        _log.warning("Stopping: accepted requests are answered, new ones find nothing here.")
     finally:
         for name in (API, page.PAGE):
             serve.delete(name)
@@ -53,7 +59,32 @@ def _run(app: Application, config: ServeConfig) -> None:
     )
     if config.page is not None:
         serve.run(page.application(config), name=page.PAGE, route_prefix=config.page.route)
-    serve.run(app, name=API, route_prefix="/", blocking=True)
+    try:
+        serve.run(app, name=API, route_prefix="/")
+    except RuntimeError as error:
+        raise Sg4vError(f"the server does not start: {_why(error)}") from error
+
+
+def _check_port(config: ServeConfig) -> None:
+    """Raise if somebody listens there: two servers of ours would each get a part of the requests,
+    for proxies share their port."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed ones may linger
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigError(
+                f"nothing can listen at {config.host}:{config.port} ({error.strerror}); set `host` "
+                "and `port` in the config"
+            ) from error
+
+
+def _why(error: RuntimeError) -> str:
+    """Return what Serve says of each deployment that did not start."""
+    found = serve.status().applications[API].deployments.items()
+    said = [f"{name}: {one.message}" for name, one in found if one.message]
+    return "; ".join(said) or str(error)
 
 
 def http_options(config: ServeConfig) -> dict[str, Any]:
@@ -61,8 +92,7 @@ def http_options(config: ServeConfig) -> dict[str, Any]:
     return {
         "host": config.host,
         "port": config.port,
-        # Ours counts from the replica on; this one also ends waiting in queues and slow readers.
-        "request_timeout_s": 2 * config.limits.timeout_s,
+        "request_timeout_s": config.limits.longest_s,
         "keep_alive_timeout_s": 65,  # longer than the 60 s of usual load balancers
     }
 
@@ -76,8 +106,11 @@ def tracing(config: Tracing) -> dict[str, Any]:
     }
 
 
-def pairs(arguments: list[str]) -> dict[str, str]:
-    """Return `name=value` arguments by name."""
+def pairs(arguments: list[str], usage: str | None) -> dict[str, str]:
+    """Return `name=value` arguments by name; say how a program is used to whom asks for help."""
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(usage or "")
+        sys.exit(0)
     return {name: value for name, _, value in (one.partition("=") for one in arguments)}
 
 

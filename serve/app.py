@@ -47,7 +47,7 @@ def application(config: ServeConfig) -> Application:
         model_id: (str(one.artifact), one.weight) for model_id, one in config.canaries.items()
     }
     books = desk.bind(
-        longest_request_s=config.limits.timeout_s, state=config.auth.state, canaries=canaries
+        longest_request_s=config.limits.longest_s, state=config.auth.state, canaries=canaries
     )
     return ingress.bind(
         models,

@@ -80,6 +80,7 @@ class Listener:
 
     def __init__(self, visit: Visit) -> None:
         self._visit = visit
+        visit.is_heard = True
         self._made: dict[int, int] = {}
 
     def hear(self, index: int, piece: Piece) -> None:

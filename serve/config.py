@@ -10,19 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from serve.deployment import Canary, ModelDeployment
 from serve.keys import KeyRing
 from serve.page.config import PageConfig
-from sg4v_ray.core.config import load
+from sg4v_ray.core.config import load, read_yaml
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.retry import RetryPolicy
 from sg4v_ray.core.storage import check_root
 
-_LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+"""Hosts that mean this machine alone."""
 
 _COUNTS = (
     *("max_body_bytes", "max_images", "max_caption_images", "max_messages", "max_n", "timeout_s"),
@@ -71,6 +70,12 @@ class Limits:
                 "fetched from inside your network"
             )
         self.fetching()
+
+    @property
+    def longest_s(self) -> float:
+        """How long the proxy lets a request be open: bodies, queues and slow readers take time
+        that `timeout_s` does not count."""
+        return 2 * self.timeout_s
 
     def fetching(self) -> FetchConfig:
         """Return how images are fetched."""
@@ -160,16 +165,18 @@ class ServeConfig:
         ids = [model.id for model in self.deployments]
         if not ids or len(set(ids)) < len(ids):
             raise ConfigError(f"models must have ids, each once, got {', '.join(ids) or 'none'}")
-        if self.auth.anonymous and self.host not in _LOOPBACK:
+        if self.auth.anonymous and self.host not in LOOPBACK:
             raise ConfigError(
                 f"host is {self.host!r} and auth.anonymous lets everybody in; give auth.keys_file, "
                 "or listen on 127.0.0.1"
             )
-        if self.ingress_replicas < 1 or self.ingress_cpus < 0:
+        if self.ingress_replicas < 1 or self.ingress_cpus < 0 or self.desk_cpus < 0:
             raise ConfigError(
-                "ingress_replicas must be at least 1 and ingress_cpus not negative, got "
-                f"{self.ingress_replicas} and {self.ingress_cpus:g}"
+                "ingress_replicas must be at least 1, ingress_cpus and desk_cpus not negative, got "
+                f"{self.ingress_replicas}, {self.ingress_cpus:g} and {self.desk_cpus:g}"
             )
+        if not 1 <= self.port <= 65_535:
+            raise ConfigError(f"port must be 1 to 65535, got {self.port}")
 
     @property
     def deployments(self) -> tuple[ModelDeployment, ...]:
@@ -206,9 +213,10 @@ def read(args: Mapping[str, str]) -> ServeConfig:
     if not file.is_file():
         raise ConfigError(f"no config file {str(file)!r}; give config=serve/config.easy-vqa.yaml")
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from error
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    data = read_yaml(text, where=str(file))
     return load(ServeConfig, _override(data, args), path=file.name)
 
 

@@ -146,6 +146,15 @@ class ModelDeployment:
                 f"model {self.id!r}: max_surge_percent must be 0 to 100, got "
                 f"{self.max_surge_percent}"
             )
+        if self.target_ongoing <= 0:
+            raise ConfigError(
+                f"model {self.id!r}: target_ongoing must be above 0, got {self.target_ongoing:g}"
+            )
+        if self.num_gpus > 1 and not float(self.num_gpus).is_integer():
+            raise ConfigError(
+                f"model {self.id!r}: num_gpus must be whole or a share of one, got "
+                f"{self.num_gpus:g}"
+            )
         if self.max_queued < 0 or self.num_cpus < 0 or self.num_gpus < 0 or self.threads < 1:
             raise ConfigError(
                 f"model {self.id!r}: max_queued, num_cpus and num_gpus must not be negative and "

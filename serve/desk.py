@@ -42,10 +42,10 @@ class QuotaDesk:
         self._is_saved = True
         self._saving: asyncio.Task[None] | None = None
 
-    async def enter(self, name: str, quota: Quota) -> Ticket | Refusal:
+    async def enter(self, name: str, quota: Quota, number: int) -> Ticket | Refusal:
         """See `Quotas.enter`."""
         now = time.time()
-        return self._quotas.enter(name, quota, now=now, today=self._today(name, now))
+        return self._quotas.enter(name, quota, number, now=now, today=self._today(name, now))
 
     async def book(self, name: str, quota: Quota, number: int, tokens: int) -> Refusal | None:
         """See `Quotas.book`."""
@@ -57,7 +57,7 @@ class QuotaDesk:
 
     async def leave(self, name: str, number: int, tokens: int) -> None:
         """See `Quotas.leave`."""
-        self._quotas.leave(name, number, tokens)
+        self._quotas.leave(name, number, tokens, now=time.time())
         self._save_soon()
 
     async def weights(self) -> dict[str, float]:
@@ -107,13 +107,13 @@ class DeskHandle:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def enter(self, key: Key) -> Ticket | Refusal:
+    async def enter(self, key: Key, number: int) -> Ticket | Refusal:
         """Count a request.
 
         Raises:
             ApiError: 503, the books cannot be reached.
         """
-        found: Ticket | Refusal = await self._ask("enter", key.name, key.quota)
+        found: Ticket | Refusal = await self._ask("enter", key.name, key.quota, number)
         return found
 
     async def book(self, key: Key, number: int, tokens: int) -> Refusal | None:

@@ -7,6 +7,7 @@ It looks at `scope["path"]` as the server received it and at nothing that a Host
 """
 
 import re
+import secrets
 import uuid
 from collections.abc import Mapping
 from typing import Any, Final
@@ -15,15 +16,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.config import LOOPBACK
 from serve.keys import Key, KeyRing
 from serve.keys import Scope as KeyScope
 from serve.protocol import ApiError
-from serve.quota import Refusal, Ticket
+from serve.quota import Refusal
 from serve.telemetry import LogOnly, Telemetry
 from serve.visit import VISIT, Desk, Visit, too_many
 
 _REQUEST_ID: Final = "x-request-id"
-_CLEAN_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_UNCLEAN: Final = re.compile(r"[^A-Za-z0-9._:-]")
+_LONGEST_ID: Final = 128
 _LONGEST_KEY: Final = 512
 _SCOPES: Final[Mapping[str, KeyScope]] = {"/health": "metrics", "/admin": "admin"}
 """What a path needs that is not for inference, with all below it."""
@@ -68,14 +71,14 @@ class Guard:
             await self._serve(visit, scope, receive, sending)
         finally:  # also of a client that went away before the first byte
             self._telemetry.ended(visit)
-            if visit.key is not None and visit.ticket is not None:
-                await self._desk.leave(visit.key, visit.ticket.number, visit.tokens)
+            if visit.key is not None and visit.number is not None:
+                await self._desk.leave(visit.key, visit.number, visit.tokens)
 
     async def _serve(self, visit: Visit, scope: Scope, receive: Receive, sending: Send) -> None:
         try:
             visit.key = self._key(scope)
-            if visit.key is not None:
-                visit.ticket = await self._enter(visit.key)
+            if visit.key is not None and visit.key.quota.has_limits:
+                await self._enter(visit, visit.key)
         except ApiError as error:
             await _answer(error)(scope, receive, sending)
             return
@@ -91,6 +94,7 @@ class Guard:
 
     def _key(self, scope: Scope) -> Key | None:
         if self._ring is None:
+            _check_host(Headers(scope=scope).get("host"))
             return None
         kind, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
         presented = presented.strip()
@@ -109,15 +113,28 @@ class Guard:
             )
         return key
 
-    async def _enter(self, key: Key) -> Ticket | None:
-        quota = key.quota
-        limits = (quota.requests_per_min, quota.tokens_per_min, quota.concurrency)
-        if all(one is None for one in (*limits, quota.tokens_per_day)):
-            return None
-        found = await self._desk.enter(key)
+    async def _enter(self, visit: Visit, key: Key) -> None:
+        # Known before it is counted: if its caller leaves meanwhile, it is ended all the same.
+        visit.number = secrets.randbits(63)
+        found = await self._desk.enter(key, visit.number)
         if isinstance(found, Refusal):
+            visit.number = None
             raise too_many(found)
-        return found
+        visit.ticket = found
+
+
+def _check_host(host: str | None) -> None:
+    """Refuse what a web page of a stranger sends whose name was made to mean this machine.
+
+    Browsers always send the name.
+    """
+    if host is not None and re.sub(r":\d*$", "", host.lower()).strip("[]") not in LOOPBACK:
+        raise ApiError(
+            403,
+            "without keys this server answers its own machine alone, as 127.0.0.1 or localhost; "
+            "set auth.keys_file for others",
+            code="no_key",
+        )
 
 
 def scope_of(path: str) -> KeyScope:
@@ -129,9 +146,9 @@ def scope_of(path: str) -> KeyScope:
 
 
 def _request_id(headers: Headers) -> str:
-    """Return the caller's id of a request, if it can stand in a log as it is, or a new one."""
-    sent = headers.get(_REQUEST_ID, "")
-    return sent if _CLEAN_ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}"
+    """Return the caller's id of a request, as it can stand in a log, or a new one."""
+    sent = _UNCLEAN.sub("_", headers.get(_REQUEST_ID, ""))[:_LONGEST_ID]
+    return sent or f"req-{uuid.uuid4().hex}"
 
 
 def _with_headers(send: Send, visit: Visit, *, echoes_id: bool) -> Send:

@@ -23,11 +23,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-import yaml
-
-from sg4v_ray.core.config import load
+from sg4v_ray.core.config import load, read_yaml
 from sg4v_ray.core.errors import ConfigError, Sg4vError
 
 _log = logging.getLogger(__name__)
@@ -59,6 +57,11 @@ class Quota:
                 raise ConfigError(
                     f"quota.{name} must be above 0, got {value}; leave it out for no limit"
                 )
+
+    @property
+    def has_limits(self) -> bool:
+        """Something is limited."""
+        return self != Quota()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,12 +132,12 @@ class KeyRing:
         try:
             if (mark := self._mark_now()) == self._mark:
                 return
-            self._mark = mark
             self._keys = parse(self._text(), where=str(self._file))
         except Sg4vError as error:  # half written, or wrong: nobody is locked out by it
-            _log.error("the keys of before stay in use: %s", error)
+            _log.error("the keys of before stay in use, also those taken out: %s", error)
         else:
-            _log.info("%d keys are read again", len(self._keys))
+            self._mark = mark
+            _log.info("the file of keys changed; these are in use: %s", _names(self._keys))
 
     def _mark_now(self) -> tuple[int, int, int] | None:
         """Return what changes when the file does; a secret that Kubernetes swaps is a new inode."""
@@ -152,6 +155,10 @@ class KeyRing:
             return self._file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise _unreadable(self._file, error) from error
+
+
+def _names(keys: tuple[Key, ...]) -> str:
+    return ", ".join(one.name for one in keys)
 
 
 def _unreadable(file: Path, error: Exception) -> ConfigError:
@@ -175,10 +182,7 @@ def parse(text: str, *, where: str) -> tuple[Key, ...]:
     Raises:
         ConfigError: it is no YAML of keys, or there are none.
     """
-    try:
-        data: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from error
+    data = read_yaml(text, where=where)
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where} has no keys; it must begin with `keys:`")
     keys = load(_Keys, data, path=where).keys
@@ -194,17 +198,15 @@ def new_key(name: str) -> tuple[str, Key]:
 
 
 def main(arguments: list[str]) -> None:
-    """Print a new key and its entry."""
-    if len(arguments) != 1:
+    """Print a new key to standard error, and its entry, which may be kept, to standard output."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.exit("usage: python -m serve.keys NAME")
     try:
         secret, key = new_key(arguments[0])
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write(
-        f"# give this to {key.name}; it is shown once:\n# {secret}\n"
-        f"  - name: {key.name}\n    sha256: '{key.sha256}'\n    scopes: [inference]\n"
-    )
+    sys.stderr.write(f"the key of {key.name}, shown once: {secret}\n")
+    sys.stdout.write(f"  - name: {key.name}\n    sha256: '{key.sha256}'\n    scopes: [inference]\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any, Final
 import yaml
 
 from serve.__main__ import http_options, pairs, tracing
-from serve.config import ServeConfig, read
+from serve.config import LOOPBACK, ServeConfig, read
 from serve.page.app import PAGE
 from sg4v_ray.core.errors import ConfigError, Sg4vError
 
@@ -32,7 +32,7 @@ _SOURCES: Final = Path(__file__).resolve().parent.parent
 
 def main(arguments: list[str]) -> None:
     """Write a package and `serve.yaml`, and say what to do with them."""
-    given = pairs(arguments)
+    given = pairs(arguments, __doc__)
     target = Path(given.pop("to", "dist")).resolve()
     uri = given.pop("uri", "")
     config = read(given)
@@ -43,6 +43,11 @@ def main(arguments: list[str]) -> None:
     described = describe(config, given, f"{uri.rstrip('/')}/{file.name}" if uri else file.as_uri())
     (target / "serve.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
     sys.stdout.write(f"{file}\nserve deploy {target / 'serve.yaml'}\n")
+    if config.host in LOOPBACK:
+        sys.stderr.write(
+            f"note: host is {config.host}, so each node answers itself alone; for a load balancer "
+            "set host: 0.0.0.0\n"
+        )
 
 
 def package(config: bytes) -> bytes:

@@ -128,7 +128,10 @@ def as_list(value: Any) -> Any:
 
 
 class Message(BaseModel):
-    """One message. Clients send back what they got, so empty fields of answers are allowed."""
+    """One message. Clients send back what they got, so empty fields of answers are allowed.
+
+    `name` changes nothing: the templates have no place for it.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
@@ -177,7 +180,7 @@ def parse(data: bytes) -> ChatRequest:
         _check_extra(name, value)
     for i, message in enumerate(body.messages):
         for name, value in (message.model_extra or {}).items():
-            if value not in (None, [], {}):
+            if name != "name" and value not in (None, [], {}):
                 param = f"messages.{i}.{name}"
                 raise bad_request(f"Unsupported field: {param}", param=param)
     if body.stream_options is not None and not body.stream:
@@ -206,7 +209,10 @@ def _check_extra(name: str, value: Any) -> None:
 def describe(error: ValidationError) -> ApiError:
     """Name the first thing that is wrong, without repeating what was sent."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    param = ".".join(str(one) for one in first["loc"]) or None
+    place = list(first["loc"])
+    if place[:1] == ["messages"] and place[2:3] == ["content"] and len(place) > 4:
+        del place[4]  # which kind of part it was taken for; no field of the request
+    param = ".".join(str(one) for one in place) or None
     return bad_request(f"{param or 'body'}: {first['msg']}", param=param)
 
 

@@ -7,7 +7,6 @@ tokens when they are known and before any engine works, and leaves with those th
 
 import itertools
 import math
-import secrets
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -20,6 +19,8 @@ _BURST_S: Final = 10.0
 DAY_S: Final = 86_400
 _LOST_AFTER_S: Final = 60.0
 """Beyond the longest request: then the process that took it is gone, and its place is free."""
+_LATE_S: Final = 60.0
+"""No message of one process to another takes longer."""
 _BUSY_S: Final = 1
 """Retry-After where a caller's own open requests are too many: it knows when they end."""
 
@@ -55,6 +56,8 @@ class _Used:
     """When each open request must be over, by number."""
     booked: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Tokens of each open request and the day that they were counted in, by number."""
+    gone: dict[int, float] = field(default_factory=dict)
+    """Requests that left, and until when words of theirs that were overtaken may come."""
 
 
 class Quotas:
@@ -63,22 +66,23 @@ class Quotas:
     def __init__(self, *, longest_request_s: float) -> None:
         self._longest_s = longest_request_s + _LOST_AFTER_S
         self._used: dict[str, _Used] = {}
-        # Not from 1: a request that entered before these books were opened ends no other one.
-        self._numbers = itertools.count(secrets.randbits(48))
 
-    def enter(self, name: str, quota: Quota, *, now: float, today: int = 0) -> Ticket | Refusal:
+    def enter(
+        self, name: str, quota: Quota, number: int, *, now: float, today: int = 0
+    ) -> Ticket | Refusal:
         """Count a request, or say why it must wait.
 
         Args:
             name: of the key.
             quota: of the key; a changed one holds from now on.
+            number: of the request, at random: whoever never hears the answer can still end it.
             now: seconds since 1970.
             today: tokens that were used today before these books were opened.
         """
         used = self._of(name, quota, now, today)
-        for number in [one for one, end in used.open.items() if end <= now]:
-            used.open.pop(number)  # its tokens stay used: nobody knows how many it made
-            used.booked.pop(number, None)
+        for lost in [one for one, end in used.open.items() if end <= now]:
+            used.open.pop(lost)  # its tokens stay used: nobody knows how many it made
+            used.booked.pop(lost, None)
         if quota.tokens_per_day is not None and used.today >= quota.tokens_per_day:
             return Refusal("day", math.ceil(DAY_S - now % DAY_S))
         if quota.concurrency is not None and len(used.open) >= quota.concurrency:
@@ -92,8 +96,8 @@ class Quotas:
                 return Refusal(reason, math.ceil(wait_s))
         if used.requests is not None:
             used.requests.book(1, now)
-        number = next(self._numbers)
-        used.open[number] = now + self._longest_s
+        if number not in used.gone:
+            used.open[number] = now + self._longest_s
         return Ticket(number, _left(used.requests, now, least=1), _left(used.tokens, now, least=0))
 
     def book(
@@ -101,6 +105,8 @@ class Quotas:
     ) -> Refusal | None:
         """Book the most tokens that a request can use, or say why it must wait."""
         used = self._of(name, quota, now, today)
+        if number in used.gone:
+            return None
         if quota.tokens_per_day is not None and used.today + tokens > quota.tokens_per_day:
             return Refusal("day", math.ceil(DAY_S - now % DAY_S))
         if used.tokens is not None:
@@ -112,10 +118,15 @@ class Quotas:
         used.open.setdefault(number, now + self._longest_s)  # entered in books that are lost
         return None
 
-    def leave(self, name: str, number: int, tokens: int) -> None:
-        """End a request that used so many tokens; one that these books do not know ends nothing."""
+    def leave(self, name: str, number: int, tokens: int, *, now: float) -> None:
+        """End a request that used so many tokens. Words of one that left may still come after."""
         used = self._used.get(name)
-        if used is None or used.open.pop(number, None) is None:
+        if used is None:
+            return
+        for one in [*itertools.takewhile(lambda one: used.gone[one] <= now, used.gone)]:
+            used.gone.pop(one)
+        used.gone[number] = now + _LATE_S
+        if used.open.pop(number, None) is None:
             return
         booked, day = used.booked.pop(number, (0, used.day))
         unused = booked - tokens

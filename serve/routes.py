@@ -80,6 +80,7 @@ class Routes:
             traffic: who keeps the weights of the canaries; None keeps them here.
         """
         self._versions = Versions(entries, canaries or {}, traffic or Fixed())
+        self._needed = frozenset(one.deployment for one in entries.values())
         self._backend, self._limits = backend, limits
         self._fetcher: Fetcher | None = None
         self._document = document(metadata.version("sg4v-ray"))
@@ -87,7 +88,7 @@ class Routes:
 
     def app(self) -> FastAPI:
         """Return the application. It has no documentation pages: those load foreign scripts."""
-        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{model_id}", self.model, methods=["GET"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
@@ -117,13 +118,14 @@ class Routes:
 
     async def ready(self) -> Response:
         """GET /health/ready: every model has a replica that runs."""
-        return _health(await self._backend.ready())
+        return _health(await self._backend.ready(), self._needed)
 
     async def deep(self) -> Response:
         """GET /health/deep: every model makes a token now."""
         every = self._versions.every()
         found = await asyncio.gather(*(self._makes_a_token(one) for one in every))
-        return _health({one.deployment: is_well for one, is_well in zip(every, found, strict=True)})
+        found_well = {one.deployment: is_well for one, is_well in zip(every, found, strict=True)}
+        return _health(found_well, self._needed)
 
     async def _makes_a_token(self, entry: Entry) -> bool:
         ids = (entry.model.conversation.bos_token_id,)
@@ -252,9 +254,12 @@ class Routes:
         )
 
 
-def _health(models: Mapping[str, bool]) -> Response:
-    """Return 200 if all are well, else 503, with what is said of each."""
-    is_well = all(models.values())
+def _health(models: Mapping[str, bool], needed: frozenset[str]) -> Response:
+    """Return 200 if all that are needed are well, else 503, with what is said of each.
+
+    Canaries are not: no other server is better than this one because one of them is ill.
+    """
+    is_well = all(is_well for name, is_well in models.items() if name in needed)
     body = {"status": "ok" if is_well else "unavailable", "models": dict(models)}
     headers = {} if is_well else {"retry-after": "1"}
     return JSONResponse(body, 200 if is_well else 503, headers)

@@ -153,9 +153,9 @@ def line(visit: Visit) -> dict[str, Any]:
 
 
 def write_lines() -> None:
-    """Let the lines of this process go to its standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Let what this server says in this process go to its standard error."""
+    server, handler = logging.getLogger("serve"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
-    _log.handlers[:] = [handler]
-    _log.setLevel(logging.INFO)
-    _log.propagate = False
+    server.handlers[:] = [handler]
+    server.setLevel(logging.INFO)
+    server.propagate = False

@@ -107,8 +107,10 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.model is not None and given.weight is None:
         parser.error("give a weight: 0 to 1, rollback or promote")
-    key = os.environ.get("SG4V_API_KEY")
-    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    key = os.environ.get("SG4V_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise Sg4vError("SG4V_API_KEY holds no key; set it to one with the scope 'admin'")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(base_url=given.url, headers=headers, timeout=_WAIT_S) as client:
         body = None if given.model is None else (given.model, _weight(given.weight, parser))
         for one in table(client, body):

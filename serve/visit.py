@@ -24,7 +24,7 @@ _SAID: Final = {
 class Desk(Protocol):
     """Whoever keeps the books of all keys (`serve.desk`)."""
 
-    async def enter(self, key: Key) -> Ticket | Refusal:
+    async def enter(self, key: Key, number: int) -> Ticket | Refusal:
         """Count a request."""
 
     async def book(self, key: Key, number: int, tokens: int) -> Refusal | None:
@@ -42,8 +42,12 @@ class Visit:
     desk: Desk | None = None
     key: Key | None = None
     """None where keys are not asked for."""
+    number: int | None = None
+    """By which the desk knows it; None if it does not, e.g. of a key without a quota."""
     ticket: Ticket | None = None
-    """None for a key without a quota."""
+    """What the desk said when it came in."""
+    booked: int = 0
+    """Tokens that it may use."""
     route: str = "none"
     """The path as it is declared, so that labels are few."""
     model: str = ""
@@ -55,6 +59,8 @@ class Visit:
     prompt_tokens: int = 0
     made: int = 0
     """Tokens of the answer so far."""
+    is_heard: bool = False
+    """`made` is up to date while the answer grows."""
     finish_reason: str | None = None
     status: int = 0
     is_whole: bool = False
@@ -74,8 +80,15 @@ class Visit:
 
     @property
     def tokens(self) -> int:
-        """Tokens that it used so far; none if there was no room for it."""
-        return 0 if self.status == 503 else self.prompt_tokens + self.made
+        """Tokens that it used, as far as they are known; else those that it may have used.
+
+        None if there was no room for it.
+        """
+        if self.status == 503:
+            return 0
+        if not self.is_heard and (not self.is_whole or self.status == 504):
+            return self.booked
+        return self.prompt_tokens + self.made
 
     async def book(self, tokens: int) -> None:
         """Book the most tokens that this request can use.
@@ -83,11 +96,11 @@ class Visit:
         Raises:
             ApiError: 429, the key may not.
         """
-        if self.desk is None or self.key is None or self.ticket is None:
-            return
-        refusal = await self.desk.book(self.key, self.ticket.number, tokens)
-        if refusal is not None:
-            raise too_many(refusal)
+        if self.desk is not None and self.key is not None and self.number is not None:
+            refusal = await self.desk.book(self.key, self.number, tokens)
+            if refusal is not None:
+                raise too_many(refusal)
+        self.booked = tokens
 
     def hear(self, made: int, finish_reason: str | None, *, waited_s: float | None = None) -> None:
         """Note a piece of the answer: all tokens so far, and why it ends if it does."""

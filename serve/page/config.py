@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from sg4v_ray.core.errors import ConfigError
 
 _ROUTE: Final = re.compile(r"(/[A-Za-z0-9_-]+)+")
-_TAKEN: Final = ("/v1", "/health", "/openapi.json")
+_TAKEN: Final = ("/v1", "/health", "/admin", "/openapi.json", "/-")
 """What the API answers: a page there would hide it."""
 
 

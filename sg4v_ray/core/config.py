@@ -12,6 +12,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, cast
 
+import yaml
+
 from sg4v_ray.core.errors import ConfigError
 
 T = TypeVar("T")
@@ -73,6 +75,29 @@ def load(cls: type[T], data: Any, *, path: str = "") -> T:
     return cast(T, _load(cls, data, path or cls.__name__))
 
 
+def read_yaml(text: str, *, where: str) -> Any:
+    """Return what a YAML text says; a key that stands twice is an error, as its first is lost.
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    try:
+        return yaml.load(text, _OnceEach)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
+
+
+class _OnceEach(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)]
+        for key, (one, _) in zip(keys, node.value, strict=False):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is there twice", one.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _load(annotation: Any, data: Any, path: str) -> Any:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
@@ -110,6 +135,8 @@ def _load_scalar(annotation: Any, data: Any, path: str) -> Any:
         return float(data)
     if not isinstance(data, annotation) or (annotation is int and isinstance(data, bool)):
         raise ConfigError(f"{path} must be of type {annotation.__name__}, got {data!r}")
+    if isinstance(data, float) and not math.isfinite(data):
+        raise ConfigError(f"{path} must be a number that is finite, got {data}")
     return data
 
 
@@ -130,4 +157,8 @@ def _load_dataclass(cls: type, data: Any, path: str) -> Any:
         )
         if name not in given and no_default:
             raise ConfigError(f"{path} needs the field {name!r}")
-    return cls(**{key: _load(hints[key], value, f"{path}.{key}") for key, value in given.items()})
+    values = {key: _load(hints[key], value, f"{path}.{key}") for key, value in given.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from sg4v_ray.core.config import fingerprint, load, to_plain
+from sg4v_ray.core.config import fingerprint, load, read_yaml, to_plain
 from sg4v_ray.core.errors import ConfigError
 
 
@@ -14,6 +14,10 @@ from sg4v_ray.core.errors import ConfigError
 class Inner:
     size: int
     rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.size <= 0:
+            raise ConfigError(f"size must be above 0, got {self.size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +66,25 @@ def test_a_config_loads_from_its_plain_form() -> None:
             id="nested",
         ),
         pytest.param({"name": "x", "parts": 5}, r"Outer\.parts must be a list", id="list"),
+        pytest.param(
+            {"name": "x", "parts": [{"size": 1, "rate": float("nan")}]},
+            r"Outer\.parts\[0\]\.rate must be a number that is finite, got nan",
+            id="nan",
+        ),
+        pytest.param(
+            {"name": "x", "parts": [{"size": -1}]},
+            r"Outer\.parts\[0\]: size must be above 0, got -1",
+            id="value",
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_place(data: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(Outer, data)
+
+
+def test_a_key_of_a_yaml_text_that_stands_twice_is_refused() -> None:
+    """Else its first value, or a whole block of keys, is lost without a word."""
+    assert read_yaml("a: 1\nb: {a: 2}", where="f") == {"a": 1, "b": {"a": 2}}
+    with pytest.raises(ConfigError, match="f is not YAML: 'a' is there twice"):
+        read_yaml("b: {a: 1, a: 2}", where="f")

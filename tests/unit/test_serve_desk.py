@@ -2,6 +2,7 @@
 """What a key used today is known after the process that counted it is gone."""
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def use(books: QuotaDesk, tokens: int) -> None:
-    ticket = await books.enter("a", DAY)
+    ticket = await books.enter("a", DAY, secrets.randbits(63))
     assert isinstance(ticket, Ticket)
     assert await books.book("a", DAY, ticket.number, tokens) is None
     await books.leave("a", ticket.number, tokens)
@@ -46,7 +47,7 @@ def test_tokens_of_today_outlive_the_process_also_those_of_its_last_request(tmp_
             await use(books, 250)
         await saved(books)
         again = QuotaDesk(longest_request_s=10, state=str(tmp_path), canaries={})
-        found = await again.enter("a", DAY)
+        found = await again.enter("a", DAY, 1)
         assert isinstance(found, Refusal) and found.reason == "day"
 
     run(body)
@@ -95,7 +96,7 @@ def test_without_its_books_a_key_with_a_quota_gets_503() -> None:
 
     async def body() -> None:
         with pytest.raises(ApiError, match="quotas cannot be looked up") as refused:
-            await DeskHandle(Gone()).enter(key)  # type: ignore[arg-type]
+            await DeskHandle(Gone()).enter(key, 1)  # type: ignore[arg-type]
         assert (refused.value.status, refused.value.retry_after_s) == (503, 1)
         await DeskHandle(Gone()).leave(key, 1, 0)  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nothing is reached without a key, and a visit ends however its request ends."""
 
+import asyncio
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,17 +29,17 @@ class Books:
         self.quotas, self.left = Quotas(longest_request_s=100.0), []  # type: ignore[var-annotated]
         self.is_away = False
 
-    async def enter(self, key: Key) -> Ticket | Refusal:
+    async def enter(self, key: Key, number: int) -> Ticket | Refusal:
         if self.is_away:
             raise ApiError(503, "away", retry_after_s=1)
-        return self.quotas.enter(key.name, key.quota, now=NOW)
+        return self.quotas.enter(key.name, key.quota, number, now=NOW)
 
     async def book(self, key: Key, number: int, tokens: int) -> Refusal | None:
         return self.quotas.book(key.name, key.quota, number, tokens, now=NOW)
 
     async def leave(self, key: Key, number: int, tokens: int) -> None:
         self.left.append(tokens)
-        self.quotas.leave(key.name, number, tokens)
+        self.quotas.leave(key.name, number, tokens, now=NOW)
 
 
 @pytest.fixture
@@ -139,12 +140,19 @@ def test_paths_below_a_guarded_one_are_guarded_and_those_that_only_look_alike_ar
     assert (scope_of("/healthx"), scope_of("/v1/health")) == ("inference", "inference")
 
 
-def test_a_request_keeps_its_id_if_it_is_a_clean_one(client: TestClient) -> None:
-    sent = get(client, "/v1/who", "plain", **{"x-request-id": "abc-1"})
-    assert sent.headers["x-request-id"] == "abc-1"
-    for wrong in ("a b", "x" * 200, "a\tb", "<b>"):
-        found = get(client, "/v1/who", "plain", **{"x-request-id": wrong})
-        assert found.headers["x-request-id"].startswith("req-")
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [("abc-1", "abc-1"), ("a b", "a_b"), ("x" * 200, "x" * 128), ("a\tb", "a_b"), ("<b>", "_b_")],
+)
+def test_a_request_keeps_its_id_as_far_as_a_log_can_have_it(
+    client: TestClient, sent: str, kept: str
+) -> None:
+    found = get(client, "/v1/who", "plain", **{"x-request-id": sent})
+    assert found.headers["x-request-id"] == kept
+
+
+def test_every_request_has_an_id(client: TestClient) -> None:
+    assert get(client, "/v1/who", "plain").headers["x-request-id"].startswith("req-")
     assert get(client, "/v1/who").headers["x-request-id"], "of a refusal too"
 
 
@@ -189,8 +197,42 @@ def test_where_no_keys_are_asked_for_everybody_gets_in(books: Books) -> None:
     async def who() -> str:
         return "anybody"
 
-    with TestClient(Guard(app, ring=None, desk=books)) as client:
+    with TestClient(Guard(app, ring=None, desk=books), base_url="http://localhost") as client:
         assert get(client, "/v1/who").status_code == 200
+        for host in ("127.0.0.1:8000", "LOCALHOST:8000", "[::1]:8000"):
+            assert get(client, "/v1/who", host=host).status_code == 200
+        for host in ("evil.example", "localhost.evil.example:8000", "127.0.0.1@evil", "[", ""):
+            found = get(client, "/v1/who", host=host)
+            assert found.status_code == 403, "a page whose name means this machine is no friend"
+            assert "auth.keys_file" in found.json()["error"]["message"]
+
+
+def test_who_leaves_while_it_is_counted_keeps_no_place(books: Books, tmp_path: Path) -> None:
+    """The desk counted it, and the answer is never heard."""
+    file = tmp_path / "keys.yaml"
+    sha256 = hashlib.sha256(b"one").hexdigest()
+    file.write_text(f"keys:\n  - {{name: one, sha256: {sha256}, quota: {{concurrency: 1}}}}\n")
+    key = KeyRing(file=str(file)).find("one")
+    assert key is not None
+    enter = books.enter
+
+    async def unheard(key: Key, number: int) -> Ticket | Refusal:
+        await enter(key, number)
+        raise asyncio.CancelledError
+
+    async def call() -> None:
+        guard = Guard(FastAPI(), ring=KeyRing(file=str(file)), desk=books)
+        scope = {
+            "type": "http",
+            "path": "/v1/models",
+            "headers": [(b"authorization", b"Bearer one")],
+        }
+        with pytest.raises(asyncio.CancelledError):
+            await guard(scope, None, None)  # type: ignore[arg-type]
+
+    books.enter = unheard  # type: ignore[method-assign]
+    asyncio.run(call())
+    assert isinstance(asyncio.run(enter(key, 1)), Ticket)
 
 
 def test_a_socket_is_not_opened(client: TestClient) -> None:

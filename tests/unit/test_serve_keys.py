@@ -4,6 +4,7 @@
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,25 @@ def test_a_file_that_breaks_locks_nobody_out_and_says_so(
     assert caplog.text.count("the keys of before stay in use") >= 2
 
 
+def test_a_file_that_could_not_be_read_once_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a key that was taken out would be valid until the next change."""
+    monkeypatch.setattr(keys, "_LOOK_EVERY_S", 0.0)
+    file = tmp_path / "keys.yaml"
+    file.write_text("keys:\n" + entry("one", SHA))
+    ring, read_text = KeyRing(file=str(file)), Path.read_text
+    file.write_text("keys:\n" + entry("other", OTHER))
+
+    def fails(*_: Any, **__: Any) -> str:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    assert ring.find("sg4v-one") is not None
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert ring.find("sg4v-one") is None
+
+
 def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SG4V_KEYS", "keys:\n" + entry("one", SHA))
     assert KeyRing(variable="SG4V_KEYS").find("sg4v-one") is not None
@@ -97,7 +117,8 @@ def test_a_new_key_is_long_random_and_its_entry_can_be_stored(
     secrets = {new_key("one")[0] for _ in range(100)}
     assert len(secrets) == 100 and all(len(one) > 40 for one in secrets)
     main(["team-a"])
-    said = capsys.readouterr().out
-    secret = said.splitlines()[1].removeprefix("# ")
-    (found,) = parse(f"keys:\n{said}", where="x")
+    said = capsys.readouterr()
+    secret = said.err.split()[-1]
+    assert secret not in said.out, "what is stored in a file is no secret"
+    (found,) = parse(f"keys:\n{said.out}", where="x")
     assert found.sha256 == hashlib.sha256(secret.encode()).hexdigest()

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from serve.answer import Piece
+from serve.choices import Listener
 from serve.guard import Guard
 from serve.telemetry import LogOnly, line, status_of
 from serve.visit import Visit
@@ -26,6 +28,7 @@ from tests.unit.serve_site import (
 from tests.unit.test_serve_guard import Books
 
 SECRET = "the harbour at dawn"
+URL = "http://localhost"
 
 
 class Recorder(LogOnly):
@@ -59,7 +62,10 @@ def body(**more: Any) -> dict[str, Any]:
 def test_a_line_says_who_what_how_much_and_how_long(
     app: Guard, recorder: Recorder, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="serve.requests"), TestClient(app) as client:
+    with (
+        caplog.at_level(logging.INFO, logger="serve.requests"),
+        TestClient(app, base_url=URL) as client,
+    ):
         sent = client.post(
             "/v1/chat/completions", json=body(stream=stream), headers={"x-request-id": "r-1"}
         )
@@ -79,7 +85,7 @@ def test_a_line_says_who_what_how_much_and_how_long(
 
 
 def test_a_stream_has_a_gap_between_each_two_pieces(app: Guard, recorder: Recorder) -> None:
-    with TestClient(app) as client:
+    with TestClient(app, base_url=URL) as client:
         client.post("/v1/chat/completions", json=body(stream=True, max_tokens=8))
     (visit,) = recorder.visits
     assert visit.made == 8 and 0 < len(visit.gaps_s) < 8
@@ -92,7 +98,7 @@ def test_a_stream_has_a_gap_between_each_two_pieces(app: Guard, recorder: Record
 def test_a_refusal_is_told_too(
     app: Guard, recorder: Recorder, path: str, sent: dict[str, Any], status: int
 ) -> None:
-    with TestClient(app) as client:
+    with TestClient(app, base_url=URL) as client:
         client.post(path, json=sent)
     (visit,) = recorder.visits
     assert status_of(visit) == status
@@ -100,7 +106,7 @@ def test_a_refusal_is_told_too(
 
 
 def test_paths_that_do_not_exist_share_one_label(app: Guard, recorder: Recorder) -> None:
-    with TestClient(app) as client:
+    with TestClient(app, base_url=URL) as client:
         for path in ("/a", "/b/c", "/v1/models/x"):
             client.get(path)
     assert {one.route for one in recorder.visits} == {"none", "/v1/models/{model_id}"}
@@ -157,7 +163,7 @@ def test_a_bug_is_told_as_one(tiny_model: Path, recorder: Recorder) -> None:
     backend.error = RuntimeError("/secret/path")
     app = make_routes(backend).app()
     app.add_middleware(partial(Guard, ring=None, desk=Books(), telemetry=recorder))
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, base_url=URL, raise_server_exceptions=False) as client:
         found = client.post("/v1/captions", json={"images": [uri("teal")]})
     assert found.status_code == 500
     (visit,) = recorder.visits
@@ -165,7 +171,16 @@ def test_a_bug_is_told_as_one(tiny_model: Path, recorder: Recorder) -> None:
 
 
 def test_what_found_no_room_costs_its_key_nothing() -> None:
-    visit = Visit(request_id="r", prompt_tokens=600, made=3)
+    visit = Visit(request_id="r", prompt_tokens=600, booked=1000, made=3, is_whole=True)
     assert visit.tokens == 603
     visit.status = 503
     assert visit.tokens == 0
+
+
+@pytest.mark.parametrize(("status", "is_whole"), [(0, False), (200, False), (504, True)])
+def test_what_was_made_for_nobody_costs_what_it_may_have_been(status: int, is_whole: bool) -> None:
+    """Else a quota is passed by whoever leaves early and asks again."""
+    visit = Visit(request_id="r", prompt_tokens=600, booked=1000, status=status, is_whole=is_whole)
+    assert visit.tokens == 1000
+    Listener(visit).hear(0, Piece("a", 7))
+    assert visit.tokens == 607, "of a stream it is known"

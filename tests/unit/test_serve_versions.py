@@ -158,3 +158,33 @@ def test_another_server_is_told_from_this_one(said: dict[str, Any]) -> None:
         pytest.raises(Sg4vError, match="is not this server"),
     ):
         table(client, None)
+
+
+def test_a_canary_that_does_not_run_is_told_and_makes_no_server_unready(tiny_model: Path) -> None:
+    backend = InProcess(tiny_model, open_model(tiny_model))
+
+    async def ready() -> dict[str, bool]:
+        return {"captioner": True, "captioner.canary": False}
+
+    backend.ready = ready  # type: ignore[method-assign]
+    second = ChatModel.open(DEPLOYMENT.with_canary(CANARY), tiny_model)
+    routes = Routes(
+        {"captioner": Entry(backend.model, 0, OLD)},
+        backend,
+        LIMITS,
+        canaries={"captioner": Entry(second, 0, NEW)},
+    )
+    with TestClient(routes.app()) as client:
+        found = client.get("/health/ready")
+    assert found.status_code == 200
+    assert found.json()["models"] == {"captioner": True, "captioner.canary": False}
+
+
+@pytest.mark.parametrize("key", ["bad\nkey", "clé"])
+def test_a_variable_that_holds_no_key_is_named_and_not_shown(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SG4V_API_KEY", key)
+    with pytest.raises(Sg4vError, match="SG4V_API_KEY holds no key") as error:
+        traffic.main([])
+    assert key not in str(error.value)
