@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextvars import Context
 from typing import Any, Final
 
 from ray.exceptions import RayActorError
@@ -106,6 +107,7 @@ class DeskHandle:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def enter(self, key: Key, number: int) -> Ticket | Refusal:
         """Count a request.
@@ -127,8 +129,15 @@ class DeskHandle:
 
     async def leave(self, key: Key, number: int, tokens: int) -> None:
         """End it; a place that cannot be given back is free after the longest request."""
+        # In a context of its own: Serve cancels what is asked in that of a cancelled request.
+        task = asyncio.create_task(self._leave(key, number, tokens), context=Context())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        await asyncio.shield(task)
+
+    async def _leave(self, key: Key, number: int, tokens: int) -> None:
         try:
-            await asyncio.shield(self._ask("leave", key.name, number, tokens))
+            await self._ask("leave", key.name, number, tokens)
         except ApiError as error:
             _log.warning("request %d of %s is not ended: %s", number, key.name, error)
 

@@ -2,6 +2,7 @@
 """A crowd of clients: aborts leave nothing behind, overload is refused, quotas divide."""
 
 import asyncio
+import json
 import random
 from collections.abc import Awaitable, Callable
 
@@ -155,3 +156,34 @@ def test_two_keys_with_quotas_three_to_one_get_three_to_one(server: Server) -> N
         for refusal in found.refusals:
             assert int(refusal.headers["retry-after"]) >= 1
     assert large.statuses[200] / small.statuses[200] == pytest.approx(3, rel=0.1)
+
+
+def test_who_leaves_at_any_moment_keeps_no_place(server: Server) -> None:
+    """A key may have one request open; 200 times its caller leaves in the first 20 ms."""
+    auth = keys(server.folder, {"name": "one", "key": "k", "quota": {"concurrency": 1}})
+    server.deploy(auth=auth, models=[MODEL])
+    body, draw = json.dumps(ask("Say", max_tokens=1)), random.Random(7)
+    address = server.url.removeprefix("http://")
+    request = (
+        f"POST {CHAT} HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer k\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+    )
+
+    async def leave() -> None:
+        host, port = address.split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(request.encode())
+        await writer.drain()
+        await asyncio.sleep(draw.uniform(0.0, 0.02))
+        writer.close()
+
+    def is_free() -> bool:
+        header = {"authorization": "Bearer k"}
+        return httpx.get(f"{server.url}/v1/models", headers=header).status_code == 200
+
+    async def crowd() -> None:
+        for _ in range(200):
+            await leave()
+
+    asyncio.run(crowd())
+    eventually(is_free, within_s=5.0)
