@@ -82,8 +82,9 @@ def _check_port(config: ServeConfig) -> None:
 
 def _why(error: RuntimeError) -> str:
     """Return what Serve says of each deployment that did not start."""
-    found = serve.status().applications[API].deployments.items()
-    said = [f"{name}: {one.message}" for name, one in found if one.message]
+    app = serve.status().applications.get(API)
+    found = {} if app is None else app.deployments
+    said = [f"{name}: {one.message}" for name, one in found.items() if one.message]
     return "; ".join(said) or str(error)
 
 

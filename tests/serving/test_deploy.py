@@ -159,6 +159,14 @@ def test_a_server_that_is_told_to_stop_answers_first_what_it_accepted(
         assert "Traceback" not in said, said
 
 
+@pytest.fixture(autouse=True)
+def _hears_ctrl_c() -> Iterator[None]:
+    """What a shell started in the background ignores SIGINT, and so would all that we start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def in_foreground(config: Path, root: Path, port: int) -> Iterator["subprocess.Popen[str]"]:
     """Run `python -m serve` until the body ends; the body begins when it is ready."""
@@ -178,5 +186,5 @@ def in_foreground(config: Path, root: Path, port: int) -> Iterator["subprocess.P
         yield server
     finally:
         if server.poll() is None:
-            server.send_signal(signal.SIGINT)
+            server.terminate()
         server.communicate(timeout=120)
