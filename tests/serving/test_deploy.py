@@ -185,6 +185,8 @@ def in_foreground(config: Path, root: Path, port: int) -> Iterator["subprocess.P
         eventually(is_ready, within_s=180)
         yield server
     finally:
-        if server.poll() is None:
-            server.terminate()
-        server.communicate(timeout=120)
+        server.terminate()
+        try:
+            server.communicate(timeout=120)
+        finally:
+            server.kill()  # what does not end would be beside all that is measured later
