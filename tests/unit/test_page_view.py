@@ -132,6 +132,8 @@ def test_somebody_elses_page_is_begun_anew() -> None:
         ({"route": "/a b"}, "page.route"),
         ({"route": "/v1/chat"}, "not below /v1"),
         ({"route": "/health"}, "not below /v1"),
+        ({"route": "/admin"}, "not below /v1"),
+        ({"route": "/-/routes"}, "not below /v1"),
         ({"api": "127.0.0.1:8000"}, "page.api"),
         ({"api": "ftp://server"}, "page.api"),
         ({"api": "http://server/v1"}, "page.api"),

@@ -305,6 +305,19 @@ def test_an_error_does_not_repeat_what_was_sent(model: ChatModel) -> None:
     assert "messages.0.content.0" in error.message
 
 
+def test_a_wrong_field_of_a_part_is_named_as_it_was_sent() -> None:
+    content = [{"type": "image_url", "image_url": {"url": 3}}]
+    body = {"model": "chat", "messages": [{"role": "user", "content": content, "name": "Ann"}]}
+    with pytest.raises(ApiError) as error:
+        parse(json.dumps(body).encode())
+    assert error.value.param == "messages.0.content.0.image_url.url"
+
+
+def test_the_name_of_who_speaks_is_taken() -> None:
+    body = {"model": "chat", "messages": [{"role": "user", "content": "Hello", "name": "Ann"}]}
+    assert parse(json.dumps(body).encode()).messages[0].role == "user"
+
+
 def test_an_unknown_kind_of_part_is_refused(model: ChatModel) -> None:
     part = {"type": "video_url", "video_url": {"url": "data:,"}}
     assert "image_url" in refused(model, user(part)).message
