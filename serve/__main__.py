@@ -57,9 +57,9 @@ def _run(app: Application, config: ServeConfig) -> None:
         http_options=HTTPOptions(**http_options(config)),
         tracing_config=None if config.tracing is None else tracing(config.tracing),
     )
-    if config.page is not None:
-        serve.run(page.application(config), name=page.PAGE, route_prefix=config.page.route)
     try:
+        if config.page is not None:
+            serve.run(page.application(config), name=page.PAGE, route_prefix=config.page.route)
         serve.run(app, name=API, route_prefix="/")
     except RuntimeError as error:
         raise Sg4vError(f"the server does not start: {_why(error)}") from error
@@ -82,9 +82,12 @@ def _check_port(config: ServeConfig) -> None:
 
 def _why(error: RuntimeError) -> str:
     """Return what Serve says of each deployment that did not start."""
-    app = serve.status().applications.get(API)
-    found = {} if app is None else app.deployments
-    said = [f"{name}: {one.message}" for name, one in found.items() if one.message]
+    said = [
+        f"{name}: {one.message}"
+        for app in serve.status().applications.values()
+        for name, one in app.deployments.items()
+        if one.message
+    ]
     return "; ".join(said) or str(error)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import yaml
 
-from serve.__main__ import http_options, pairs, tracing
+from serve.__main__ import API, http_options, pairs, tracing
 from serve.config import LOOPBACK, ServeConfig, read
 from serve.page.app import PAGE
 from sg4v_ray.core.errors import ConfigError, Sg4vError
@@ -92,7 +92,7 @@ def describe(config: ServeConfig, args: dict[str, str], uri: str) -> dict[str, A
 def _applications(config: ServeConfig) -> list[tuple[str, str, str]]:
     """Return name, route and builder of each."""
     page = [] if config.page is None else [(PAGE, config.page.route, "serve.page.app:build")]
-    return [("sg4v", "/", "serve.app:build"), *page]
+    return [(API, "/", "serve.app:build"), *page]
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ class Refusal:
 class Ticket:
     """A request that may go on."""
 
-    number: int
     left_requests: int | None
     """What the key could still send at once; None without a limit."""
     left_tokens: int | None
@@ -98,7 +97,7 @@ class Quotas:
             used.requests.book(1, now)
         if number not in used.gone:
             used.open[number] = now + self._longest_s
-        return Ticket(number, _left(used.requests, now, least=1), _left(used.tokens, now, least=0))
+        return Ticket(_left(used.requests, now, least=1), _left(used.tokens, now, least=0))
 
     def book(
         self, name: str, quota: Quota, number: int, tokens: int, *, now: float, today: int = 0

@@ -88,14 +88,18 @@ def read_yaml(text: str, *, where: str) -> Any:
 
 
 class _OnceEach(yaml.SafeLoader):
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)]
-        for key, (one, _) in zip(keys, node.value, strict=False):
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is there twice", one.start_mark
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Look at the keys as they are written, before merges (`<<`) add others."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = key.tag, str(key.value)
+            if name in seen:
+                raise yaml.composer.ComposerError(
+                    None, None, f"{key.value!r} is there twice", key.start_mark
                 )
-        return super().construct_mapping(node, deep)
+            seen.add(name)
+        return node
 
 
 def _load(annotation: Any, data: Any, path: str) -> Any:

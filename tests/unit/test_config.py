@@ -86,5 +86,9 @@ def test_a_wrong_file_is_refused_with_the_place(data: object, message: str) -> N
 def test_a_key_of_a_yaml_text_that_stands_twice_is_refused() -> None:
     """Else its first value, or a whole block of keys, is lost without a word."""
     assert read_yaml("a: 1\nb: {a: 2}", where="f") == {"a": 1, "b": {"a": 2}}
+    merged = read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n1: 4\n'1': 5", where="f")
+    assert merged == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, 1: 4, "1": 5}
+    with pytest.raises(ConfigError, match="f is not YAML"):
+        read_yaml("!!map a", where="f")
     with pytest.raises(ConfigError, match="f is not YAML: 'a' is there twice"):
         read_yaml("b: {a: 1, a: 2}", where="f")

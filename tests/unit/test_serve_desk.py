@@ -25,10 +25,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def use(books: QuotaDesk, tokens: int) -> None:
-    ticket = await books.enter("a", DAY, secrets.randbits(63))
-    assert isinstance(ticket, Ticket)
-    assert await books.book("a", DAY, ticket.number, tokens) is None
-    await books.leave("a", ticket.number, tokens)
+    number = secrets.randbits(63)
+    assert isinstance(await books.enter("a", DAY, number), Ticket)
+    assert await books.book("a", DAY, number, tokens) is None
+    await books.leave("a", number, tokens)
 
 
 async def saved(books: QuotaDesk) -> None:

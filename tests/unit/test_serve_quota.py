@@ -14,14 +14,17 @@ NOON = 20_000 * 86_400 + 43_200.0
 
 
 NUMBERS = itertools.count(100)
+ONE = 1
 
 
 def books() -> Quotas:
     return Quotas(longest_request_s=100.0)
 
 
-def enter(quotas: Quotas, name: str, quota: Quota, **when: Any) -> Ticket | Refusal:
-    return quotas.enter(name, quota, next(NUMBERS), **when)
+def enter(
+    quotas: Quotas, name: str, quota: Quota, number: int | None = None, **when: Any
+) -> Ticket | Refusal:
+    return quotas.enter(name, quota, number or next(NUMBERS), **when)
 
 
 def test_requests_a_minute_hold_over_any_minute_but_for_a_short_burst() -> None:
@@ -57,10 +60,10 @@ def test_two_keys_with_quotas_of_three_to_one_get_three_to_one() -> None:
 
 def test_open_requests_are_counted_until_they_leave() -> None:
     quotas, quota = books(), Quota(concurrency=2)
-    first, second = (enter(quotas, "a", quota, now=NOON) for _ in range(2))
+    first, second = (enter(quotas, "a", quota, one, now=NOON) for one in (ONE, 2))
     assert isinstance(first, Ticket) and isinstance(second, Ticket)
     assert enter(quotas, "a", quota, now=NOON) == Refusal("concurrency", 1)
-    quotas.leave("a", first.number, 0, now=NOON)
+    quotas.leave("a", ONE, 0, now=NOON)
     assert isinstance(enter(quotas, "a", quota, now=NOON), Ticket)
 
 
@@ -73,20 +76,20 @@ def test_the_place_of_a_request_whose_process_is_gone_is_free_again() -> None:
 
 def test_tokens_that_were_booked_and_not_used_are_given_back() -> None:
     quotas, quota = books(), Quota(tokens_per_min=6000)
-    ticket = enter(quotas, "a", quota, now=NOON)
+    ticket = enter(quotas, "a", quota, ONE, now=NOON)
     assert isinstance(ticket, Ticket) and ticket.left_tokens == 1000
-    assert quotas.book("a", quota, ticket.number, 3000, now=NOON) is None
+    assert quotas.book("a", quota, ONE, 3000, now=NOON) is None
     assert enter(quotas, "a", quota, now=NOON) == Refusal("tokens", 20)
-    quotas.leave("a", ticket.number, 500, now=NOON)
+    quotas.leave("a", ONE, 500, now=NOON)
     assert isinstance(enter(quotas, "a", quota, now=NOON), Ticket)
 
 
 def test_a_day_ends_at_midnight_utc_and_its_quota_is_never_passed() -> None:
     quotas, quota = books(), Quota(tokens_per_day=1000)
-    ticket = enter(quotas, "a", quota, now=NOON)
+    ticket = enter(quotas, "a", quota, ONE, now=NOON)
     assert isinstance(ticket, Ticket)
-    assert quotas.book("a", quota, ticket.number, 1001, now=NOON) == Refusal("day", 43_200)
-    assert quotas.book("a", quota, ticket.number, 1000, now=NOON) is None
+    assert quotas.book("a", quota, ONE, 1001, now=NOON) == Refusal("day", 43_200)
+    assert quotas.book("a", quota, ONE, 1000, now=NOON) is None
     assert enter(quotas, "a", quota, now=NOON) == Refusal("day", 43_200)
     assert isinstance(enter(quotas, "a", quota, now=NOON + 43_200), Ticket)
 
@@ -100,10 +103,10 @@ def test_a_request_that_left_before_it_entered_or_booked_takes_nothing() -> None
     quotas.book("a", quota, 1, 1000, now=NOON)
     assert quotas.days()["a"][1] == 0
     quotas = books()
-    first = enter(quotas, "a", quota, now=NOON)
+    first = enter(quotas, "a", quota, ONE, now=NOON)
     assert isinstance(first, Ticket)
-    quotas.leave("a", first.number, 0, now=NOON)
-    quotas.book("a", quota, first.number, 1000, now=NOON)
+    quotas.leave("a", ONE, 0, now=NOON)
+    quotas.book("a", quota, ONE, 1000, now=NOON)
     assert isinstance(enter(quotas, "a", quota, now=NOON), Ticket)
     assert quotas.days()["a"][1] == 0
 
@@ -128,14 +131,14 @@ def test_keys_do_not_use_each_others_quota() -> None:
 
 def test_what_was_booked_yesterday_gives_nothing_to_today() -> None:
     quotas, quota, midnight = books(), Quota(tokens_per_day=1000), NOON + 43_200
-    late = enter(quotas, "a", quota, now=midnight - 1)
+    late = enter(quotas, "a", quota, ONE, now=midnight - 1)
     assert isinstance(late, Ticket)
-    assert quotas.book("a", quota, late.number, 1000, now=midnight - 1) is None
-    early = enter(quotas, "a", quota, now=midnight + 1)
+    assert quotas.book("a", quota, ONE, 1000, now=midnight - 1) is None
+    early = enter(quotas, "a", quota, 2, now=midnight + 1)
     assert isinstance(early, Ticket)
-    quotas.leave("a", late.number, 0, now=NOON)
+    quotas.leave("a", ONE, 0, now=NOON)
     assert quotas.days()["a"][1] == 0
-    assert quotas.book("a", quota, early.number, 1001, now=midnight + 1) is not None
+    assert quotas.book("a", quota, 2, 1001, now=midnight + 1) is not None
 
 
 def test_a_request_that_entered_before_the_books_were_lost_still_gives_its_rest_back() -> None:
