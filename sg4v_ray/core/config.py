@@ -65,13 +65,21 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load(cls: type[T], data: Any, *, path: str = "") -> T:
+def load(cls: type[T], data: Any, *, path: str = "", finite: bool = True) -> T:
     """Build the dataclass `cls` from plain JSON or YAML values, strictly.
+
+    Args:
+        cls: what to build.
+        data: mappings, lists, text and numbers.
+        path: name of `data` in messages, instead of the name of `cls`.
+        finite: refuse NaN and infinity. Records of what was measured have them, settings not.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a missing key, or a value of
             the wrong type, each with its full path such as `models[0].engine`.
     """
+    if finite:
+        _require_finite(data, path or cls.__name__)
     return cast(T, _load(cls, data, path or cls.__name__))
 
 
@@ -100,6 +108,17 @@ class _OnceEach(yaml.SafeLoader):
                 )
             seen.add(name)
         return node
+
+
+def _require_finite(data: Any, path: str) -> None:
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            _require_finite(value, f"{path}.{key}")
+    elif isinstance(data, list | tuple):
+        for i, one in enumerate(data):
+            _require_finite(one, f"{path}[{i}]")
+    elif isinstance(data, float) and not math.isfinite(data):
+        raise ConfigError(f"{path} must be a number that is finite, got {data}")
 
 
 def _load(annotation: Any, data: Any, path: str) -> Any:
@@ -139,8 +158,6 @@ def _load_scalar(annotation: Any, data: Any, path: str) -> Any:
         return float(data)
     if not isinstance(data, annotation) or (annotation is int and isinstance(data, bool)):
         raise ConfigError(f"{path} must be of type {annotation.__name__}, got {data!r}")
-    if isinstance(data, float) and not math.isfinite(data):
-        raise ConfigError(f"{path} must be a number that is finite, got {data}")
     return data
 
 

@@ -308,7 +308,7 @@ def read(home: Storage, name: str) -> Checkpoint:
     """
     path = f"{FOLDER}/{name}/{_COMPLETE}"
     try:
-        return load_config(Checkpoint, json.loads(home.get(path)))
+        return load_config(Checkpoint, json.loads(home.get(path)), finite=False)
     except (ValueError, ConfigError) as error:
         raise StorageError(
             f"{home.uri(path)} is no record of a checkpoint ({error}); delete its folder to resume "

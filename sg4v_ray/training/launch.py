@@ -307,7 +307,7 @@ def _why(error: TrainingFailedError | RayError, home: Storage, where: Where) -> 
 
 def read_outcome(home: Storage) -> Outcome:
     """Return what rank 0 wrote at the end of a run, or raise the error that ended it."""
-    outcome = load(Outcome, json.loads(home.get(OUTCOME)))
+    outcome = load(Outcome, json.loads(home.get(OUTCOME)), finite=False)
     if outcome.error:
         raise BY_NAME[outcome.error](outcome.message)
     return outcome
@@ -323,19 +323,19 @@ def _facts(job: Job, outcome: Outcome, *, seconds: float) -> dict[str, object]:
     return {
         _MODEL_FACT: to_plain(job.model),
         "placed": {name: getattr(job.stage, name) for name in PLACED},
-        "losses": _finite(progress.losses),
-        "grad_norms": _finite(progress.grad_norms),
+        "losses": [_or_none(one) for one in progress.losses],
+        "grad_norms": [_or_none(one) for one in progress.grad_norms],
         "skipped": list(progress.skipped),
         "rollbacks": [to_plain(one) for one in progress.rollbacks],
         "step_seconds": [round(one, 4) for one in progress.seconds],
         "data_wait_share": sum(progress.waits_s) / max(1e-9, sum(progress.seconds)),
         "resumed_at": list(progress.resumed_at),
         "exported_step": outcome.exported_step,
-        "held_out": [to_plain(one) for one in progress.held_out],
+        "held_out": [{"step": one.step, "loss": _or_none(one.loss)} for one in progress.held_out],
         "last_attempt_s": round(seconds, 1),
     }
 
 
-def _finite(numbers: tuple[float, ...]) -> list[float | None]:
-    """Return them with None for NaN and infinity, which JSON does not know."""
-    return [one if math.isfinite(one) else None for one in numbers]
+def _or_none(number: float) -> float | None:
+    """Return it, or None for NaN and infinity, which JSON does not know."""
+    return number if math.isfinite(number) else None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Equal configs have equal fingerprints; a wrong file is refused with the place and the cure."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -81,6 +82,13 @@ def test_a_config_loads_from_its_plain_form() -> None:
 def test_a_wrong_file_is_refused_with_the_place(data: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(Outer, data)
+
+
+def test_a_record_of_what_was_measured_may_hold_what_is_no_number() -> None:
+    """The loss of a step that went wrong is NaN; its checkpoint has to be read all the same."""
+    data = {"name": "x", "parts": [{"size": 1, "rate": math.nan}, {"size": 1, "rate": math.inf}]}
+    rates = [one.rate for one in load(Outer, data, finite=False).parts]
+    assert math.isnan(rates[0]) and math.isinf(rates[1])
 
 
 def test_a_key_of_a_yaml_text_that_stands_twice_is_refused() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step that went wrong changes nothing, weights that went wrong become those of before."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from sg4v_ray.training import checkpoint, loop, worker
+from sg4v_ray.training import checkpoint, launch, loop, worker
 from sg4v_ray.training.guard import Guard, TrainingDiverged
+from sg4v_ray.training.job import Outcome
 from sg4v_ray.training.progress import HeldOut, Progress, RollBack
 from tests.with_ray.ranks import Phase, run_phase
 from tests.with_ray.test_training_loop import (
@@ -191,6 +193,15 @@ def test_a_look_that_is_no_number_is_never_the_best() -> None:
     looks = (HeldOut(step=1, loss=math.nan), HeldOut(step=2, loss=0.5), HeldOut(step=3, loss=0.5))
     assert loop.least(looks).step == 3
     assert loop.least(looks[:1]).step == 1
+
+
+def test_losses_that_are_no_numbers_end_no_run_when_its_artifact_is_written(run: Run) -> None:
+    looks = (HeldOut(step=1, loss=math.nan), HeldOut(step=2, loss=0.5))
+    progress = Progress(step=2, losses=(math.nan, 1.0), grad_norms=(math.inf, 1.0), held_out=looks)
+    facts = launch._facts(run.job(SHORT), Outcome(progress=progress), seconds=1.0)
+    json.dumps(facts, allow_nan=False)
+    assert facts["losses"] == [None, 1.0]
+    assert facts["held_out"] == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
 
 
 def test_when_earlier_weights_go_wrong_too_the_run_ends_and_keeps_its_checkpoints(run: Run) -> None:
