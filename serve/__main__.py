@@ -27,6 +27,18 @@ from sg4v_ray.core.observe import set_up_logging
 from sg4v_ray.core.tracing import EXPORTER
 
 API: Final = "sg4v"
+LEAN: Final = {
+    # Ten times a second by Serve's default: of few cores the engine misses what that takes.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
+    # Each is a thread that every request and every token passes on its way. They keep Serve awake
+    # beside code that blocks; ours leaves the event loop for whatever takes long.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # From the proxy to the ingress: half the work of a call to an actor, for each token.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+}
+"""What Serve's processes read from the environment that Ray starts in; a value set there stays."""
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +50,8 @@ def main(arguments: list[str]) -> None:
     cluster = os.environ.get("RAY_ADDRESS") or "local"
     if cluster == "local":
         _check_port(config)
+        for name, value in LEAN.items():
+            os.environ.setdefault(name, value)
     # Named, because Ray would wait for the cluster last started here, even when that is long gone.
     ray.init(cluster)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
