@@ -78,8 +78,8 @@ class Bench:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         if not self.due():
             raise ConfigError(
-                f"no request arrives in {self.seconds:g} s at a rate of {self.rate:g}; set a larger "
-                "--seconds"
+                f"no request arrives in {self.seconds:g} s at a rate of {self.rate:g}; set a "
+                "longer --seconds"
             )
         if self.bare_url is not None and self.url is None:
             raise ConfigError("--bare-url is compared with --url; give both")

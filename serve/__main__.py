@@ -2,8 +2,9 @@
 """Serve until interrupted: `python -m serve config=serve/config.easy-vqa.yaml root=/path`.
 
 The API stands at `/`; the chat page, if the config has one, at its route. RAY_ADDRESS names the
-cluster that serves; without it this machine does. SIGINT (Ctrl-C) and SIGTERM end it: what was
-accepted is answered first, and new requests find nothing (404 of Serve's proxy).
+cluster that serves (`LEAN` is for the environment of its nodes); without it this machine does.
+SIGINT (Ctrl-C) and SIGTERM end it: what was accepted is answered first, and new requests find
+nothing (404 of Serve's proxy).
 """
 
 import logging

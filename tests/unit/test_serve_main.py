@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m serve` says what is wrong before anything starts."""
 
+import inspect
 import socket
 
 import pytest
+from ray.serve._private import constants
 
 from serve import __main__ as module
 from serve import package
@@ -25,6 +27,12 @@ def test_a_port_that_somebody_has_is_named() -> None:
         ):
             module._check_port(config)
     module._check_port(config)
+
+
+def test_settings_of_serve_are_ones_that_it_reads() -> None:
+    """It takes no notice of a name that it does not know, for example after an upgrade."""
+    known = inspect.getsource(constants)
+    assert [name for name in module.LEAN if f'"{name}"' not in known] == []
 
 
 @pytest.mark.parametrize("main", [module.main, package.main])

@@ -2,6 +2,7 @@
 """One Ray, one Serve, one application with two fake models, for all tests of this folder."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
+from serve.__main__ import LEAN
 from serve.app import build
 from sg4v_ray.core.artifact import Ref
 from tests.unit.serve_site import commit_model
 from tests.waiting import free_port
 
+os.environ.update(LEAN)  # now: a Ray of other tests, which starts before ours, may be used
 KEY, LIMITED, READER = "sg4v-test-key", "sg4v-limited-key", "sg4v-metrics-key"
 CONFIG = """
 auth: {keys_file: KEYS_FILE}
