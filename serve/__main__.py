@@ -36,8 +36,8 @@ LEAN: Final = {
     # beside code that blocks; ours leaves the event loop for whatever takes long.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # From the proxy to the ingress: half the work of a call to an actor, for each token.
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    # Less work for each token than an answer of an actor is.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 """What Serve's processes read from the environment that Ray starts in; a value set there stays."""
 _log = logging.getLogger(__name__)

@@ -84,6 +84,9 @@ def _padded(image: Image.Image, size: int) -> Image.Image:
     # A resize goes along the rows first, then along the columns, so rows may be done in bands:
     # the result is equal to the bit and the padded square is never in memory.
     narrow = Image.new("RGB", (size, side), PAD_COLOUR)
+    if width == side:  # nothing beside the rows: they need no copy
+        narrow.paste(image.resize((size, height), Image.Resampling.BICUBIC), (0, top))
+        return narrow.resize((size, size), Image.Resampling.BICUBIC)
     for row in range(0, height, _BAND_ROWS):
         rows = min(_BAND_ROWS, height - row)
         band = Image.new("RGB", (side, rows), PAD_COLOUR)
