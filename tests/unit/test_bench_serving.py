@@ -212,7 +212,9 @@ def test_ratios_are_medians_over_passes_and_pairs() -> None:
     assert "closed" in table(loads)
 
 
-@pytest.mark.parametrize("wrong", [{"clients": 0}, {"rate": -1.0}, {"bare_url": "http://a"}])
+@pytest.mark.parametrize(
+    "wrong", [{"clients": 0}, {"rate": -1.0}, {"seconds": 0.001}, {"bare_url": "http://a"}]
+)
 def test_a_bench_that_cannot_be_is_refused_before_any_work(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Bench(**wrong)
