@@ -2,9 +2,9 @@
 """Serve until interrupted: `python -m serve config=serve/config.easy-vqa.yaml root=/path`.
 
 The API stands at `/`; the chat page, if the config has one, at its route. RAY_ADDRESS names the
-cluster that serves (`LEAN` is for the environment of its nodes); without it this machine does.
+cluster that serves (`serve.lean.LEAN` is for its nodes); without it this machine does.
 SIGINT (Ctrl-C) and SIGTERM end it: what was accepted is answered first, and new requests find
-nothing (404 of Serve's proxy).
+nothing (404 of its proxy).
 """
 
 import logging
@@ -12,7 +12,10 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Final
 
 import ray
@@ -22,24 +25,13 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from serve.app import application
 from serve.config import ServeConfig, Tracing, read
+from serve.lean import settings
 from serve.page import app as page
 from sg4v_ray.core.errors import ConfigError, Sg4vError
 from sg4v_ray.core.observe import set_up_logging
 from sg4v_ray.core.tracing import EXPORTER
 
 API: Final = "sg4v"
-LEAN: Final = {
-    # Ten times a second by Serve's default: of few cores the engine misses what that takes.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
-    # Each is a thread that every request and every token passes on its way. They keep Serve awake
-    # beside code that blocks; ours leaves the event loop for whatever takes long.
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # Less work for each token than an answer of an actor is.
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-}
-"""What Serve's processes read from the environment that Ray starts in; a value set there stays."""
 _log = logging.getLogger(__name__)
 
 
@@ -49,13 +41,21 @@ def main(arguments: list[str]) -> None:
     config = read(pairs(arguments, __doc__))
     app = application(config)
     cluster = os.environ.get("RAY_ADDRESS") or "local"
-    if cluster == "local":
-        _check_port(config)
-        for name, value in LEAN.items():
-            os.environ.setdefault(name, value)
-    # Named, because Ray would wait for the cluster last started here, even when that is long gone.
-    ray.init(cluster)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ExitStack() as stack:
+        if cluster == "local":
+            _check_port(config)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sg4v-"))
+            silent_s = config.limits.body_timeout_s + 5  # our own words come first
+            for name, value in settings(Path(folder), host=config.host, silent_s=silent_s).items():
+                os.environ.setdefault(name, value)
+        # Named, because Ray would wait for the cluster last started here, even when that is gone.
+        ray.init(cluster)
+        stack.callback(ray.shutdown)  # before the folder goes
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _serve(app, config)
+
+
+def _serve(app: Application, config: ServeConfig) -> None:
     try:
         _run(app, config)
         threading.Event().wait()

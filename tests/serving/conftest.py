@@ -2,15 +2,17 @@
 """One Ray and one Serve for each file of this folder; each test deploys what it needs."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from serve.__main__ import LEAN
+from serve.lean import settings
 from tests.serving.site import Server, running
 
-os.environ.update(LEAN)
+_folder = Path(tempfile.mkdtemp(prefix="sg4v-"))
+os.environ.update(settings(_folder, host="127.0.0.1", silent_s=60))
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,7 @@ def counted(name: str, **labels: str) -> float:
 
 def processes(*names: str) -> list[psutil.Process]:
     """Return the processes with such names; those of Serve that requests go through."""
-    names = names or ("ProxyActor", "ServeReplica")
+    names = names or ("ProxyActor", "HAProxyManager", "bin/haproxy", "ServeReplica")
     return [
         one
         for one in psutil.Process().children(recursive=True)

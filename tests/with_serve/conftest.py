@@ -3,6 +3,7 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,16 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
-from serve.__main__ import LEAN
 from serve.app import build
+from serve.lean import settings
 from sg4v_ray.core.artifact import Ref
 from tests.unit.serve_site import commit_model
 from tests.waiting import free_port
 
-os.environ.update(LEAN)  # now: a Ray of other tests, which starts before ours, may be used
+SILENT_S = 4
+# Now: a Ray of other tests, which starts before ours, may be used.
+_folder = Path(tempfile.mkdtemp(prefix="sg4v-"))
+os.environ.update(settings(_folder, host="127.0.0.1", silent_s=SILENT_S))
 KEY, LIMITED, READER = "sg4v-test-key", "sg4v-limited-key", "sg4v-metrics-key"
 CONFIG = """
 auth: {keys_file: KEYS_FILE}

@@ -6,6 +6,7 @@ The engines are fake. What is refused, and with which words, is in `tests/unit/t
 
 import base64
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -32,7 +33,7 @@ from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.conversation import Conversation
 from tests.waiting import eventually
-from tests.with_serve.conftest import KEY, LIMITED, READER
+from tests.with_serve.conftest import KEY, LIMITED, READER, SILENT_S
 
 if TYPE_CHECKING:
     from tests.with_serve.conftest import Server
@@ -113,11 +114,21 @@ def test_a_typed_image_token_is_text_and_no_image(server: "Server") -> None:
 
 def test_nothing_is_answered_without_a_key(server: "Server") -> None:
     for path in ("/v1/models", "/v1/chat/completions", "/", "/docs", "/openapi.json", "/-/x"):
-        for headers in ({}, {"authorization": "Bearer none"}, {"host": "127.0.0.1/-/healthz"}):
+        for headers in ({}, {"authorization": "Bearer none"}, {"host": "127.0.0.1:1"}):
             found = httpx.get(server.url + path, headers=headers)
             assert found.status_code == 401, path
             assert found.json()["error"]["code"] == "invalid_api_key"
+        found = httpx.get(server.url + path, headers={"host": "127.0.0.1/-/healthz"})
+        assert found.status_code == 400, "no host; refused by the proxy"
     assert httpx.get(f"{server.url}/-/healthz").status_code == 200, "the proxy's own"
+
+
+def test_a_client_that_goes_silent_within_a_request_is_sent_away(server: "Server") -> None:
+    """It has no key yet, and its place is one of a few thousand."""
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), timeout=4 * SILENT_S) as client:
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nhost: ")
+        assert client.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_key_gets_its_quota_and_is_told_when_to_come_back(server: "Server") -> None:

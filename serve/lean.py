@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How Ray Serve is set on a machine that serves alone, where nothing else is set."""
+
+import math
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+LEAN: Final = {
+    # HAProxy in the place of a Python process through which every byte would go.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # How long a stopped ingress goes on taking requests while HAProxy hears of it; 30 s by
+    # default, for load balancers of other makers.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # Ten times a second by Serve's default: of few cores the engine misses what that takes.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
+    # Each is a thread that every request and every token passes on its way. They keep Serve awake
+    # beside code that blocks; ours leaves the event loop for whatever takes long.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # Less work for each token than an answer of an actor is.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
+"""What Serve's processes read from the environment that Ray starts in, on one node or many."""
+_REACHED: Final = ("127.0.0.1", "localhost", "0.0.0.0")
+"""Where HAProxy finds an ingress of its own node: it asks 127.0.0.1, whatever the host is."""
+_PORTS: Final = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
+_FILES: Final = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+}
+
+
+def settings(folder: Path, *, host: str, silent_s: float) -> dict[str, str]:
+    """Return `LEAN`, with ports and files that no other server of this machine has.
+
+    Args:
+        folder: for HAProxy's files, and nobody else's: who may write to its socket there could
+            have requests sent to himself, with their keys.
+        host: where this server listens.
+        silent_s: how long a client may leave a request unfinished or an answer unread. An hour
+            by default, of HAProxy's 4,096 connections that anybody may open.
+    """
+    if host not in _REACHED:
+        return {**LEAN, "RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    files = {name: str(folder / file) for name, file in _FILES.items()}
+    patience = {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(silent_s))}
+    return {**LEAN, **patience, **files, **dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))}
+
+
+def _free_ports(count: int) -> list[str]:
+    with ExitStack() as stack:  # all at once, so that they differ
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in probes:
+            one.bind(("", 0))
+        return [str(one.getsockname()[1]) for one in probes]
