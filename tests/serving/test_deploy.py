@@ -80,11 +80,11 @@ def config_file(folder: Path, port: int, **model: Any) -> Path:
 
 def deploy(environment: dict[str, str], folder: Path, config: Path) -> None:
     arguments = [f"config={config}", f"root={folder / 'root'}", f"to={folder / 'dist'}"]
-    for command in (
+    for argv in (
         [sys.executable, "-m", "serve.package", *arguments],
         [str(BIN / "serve"), "deploy", str(folder / "dist" / "serve.yaml")],
     ):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -159,6 +159,18 @@ def test_a_server_that_is_told_to_stop_answers_first_what_it_accepted(
         assert "Traceback" not in said, said
 
 
+def test_a_server_whose_model_is_damaged_says_so_and_ends(tmp_path: Path, tiny_model: Path) -> None:
+    commit_model(tmp_path / "root", Ref(name="vlm", version="v1"), tiny_model)
+    with (tmp_path / "root/vlm/v1/model/tokenizer.json").open("a") as damaged:
+        damaged.write(" ")
+    argv = command(config_file(tmp_path, free_port()), tmp_path / "root")
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    (said,) = (one for one in done.stderr.splitlines() if one.startswith("error: "))
+    assert said.startswith("error: the server does not start: ")
+    assert "tokenizer.json" in done.stderr[done.stderr.index(said) :]
+
+
 @pytest.fixture(autouse=True)
 def _hears_ctrl_c() -> Iterator[None]:
     """What a shell started in the background ignores SIGINT, and so would all that we start."""
@@ -167,11 +179,14 @@ def _hears_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def command(config: Path, root: Path) -> list[str]:
+    return [sys.executable, "-m", "serve", f"config={config}", f"root={root}"]
+
+
 @contextmanager
 def in_foreground(config: Path, root: Path, port: int) -> Iterator["subprocess.Popen[str]"]:
     """Run `python -m serve` until the body ends; the body begins when it is ready."""
-    command = [sys.executable, "-m", "serve", f"config={config}", f"root={root}"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command(config, root), stderr=subprocess.PIPE, text=True)
 
     def is_ready() -> bool:
         assert server.poll() is None, server.communicate()
