@@ -3,6 +3,7 @@
 
 import math
 import socket
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -50,7 +51,7 @@ def settings(folder: Path, *, host: str, silent_s: float) -> dict[str, str]:
         silent_s: how long a client may leave a request unfinished or an answer unread. An hour
             by default, of HAProxy's 4,096 connections that anybody may open.
     """
-    if host not in _REACHED:
+    if host not in _REACHED or sys.platform != "linux":  # Ray brings it for Linux alone
         return {**LEAN, "RAY_SERVE_ENABLE_HA_PROXY": "0"}
     files = {name: str(folder / file) for name, file in _FILES.items()}
     patience = {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(silent_s))}
