@@ -12,8 +12,8 @@ from serve.lean import settings
 from tests.serving.site import Server, running
 
 # For every Ray of these tests: ours, that of `python -m serve`, and the cluster of `serve deploy`.
-_folder = Path(tempfile.mkdtemp(prefix="sg4v-"))
-os.environ.update(settings(_folder, host="127.0.0.1", silent_s=60))
+_folder = tempfile.TemporaryDirectory(prefix="sg4v-")  # it goes when this process ends
+os.environ.update(settings(Path(_folder.name), host="127.0.0.1", silent_s=60))
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,7 @@ def test_decoding_never_runs_inside_the_engines_actor(tmp_path: Path) -> None:
     assert all(row["prepared"] != row["worked"] for row in found.to_pylist())
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_the_largest_engine_that_may_start_a_job_can_also_resume_it(tmp_path: Path) -> None:
     # Ray's filter of finished rows would take a whole CPU, which a first run does not need.
