@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +24,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 
 from serve.app import application
 from serve.config import ServeConfig, Tracing, read
-from serve.lean import settings
+from serve.lean import private_folder, settings
 from serve.page import app as page
 from sg4v_ray.core.errors import ConfigError, Sg4vError
 from sg4v_ray.core.observe import set_up_logging
@@ -44,7 +43,7 @@ def main(arguments: list[str]) -> None:
     with ExitStack() as stack:
         if cluster == "local":
             _check_port(config)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sg4v-"))
+            folder = stack.enter_context(private_folder())
             silent_s = config.limits.body_timeout_s + 5  # our own words come first
             for name, value in settings(Path(folder), host=config.host, silent_s=silent_s).items():
                 os.environ.setdefault(name, value)

@@ -4,6 +4,7 @@
 import math
 import socket
 import sys
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -39,6 +40,12 @@ _FILES: Final = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
     "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
 }
+
+
+def private_folder() -> "tempfile.TemporaryDirectory[str]":
+    """Return a new folder for `settings`. Its path is short, whatever TMPDIR says: names of
+    sockets have at most 107 bytes, and Ray and HAProxy add 85."""
+    return tempfile.TemporaryDirectory(prefix="sg4v-", dir="/tmp")
 
 
 def settings(folder: Path, *, host: str, silent_s: float) -> dict[str, str]:

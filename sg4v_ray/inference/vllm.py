@@ -68,7 +68,8 @@ class VLLMEngine:
             return
         self._rules = PromptRules.read(self._model, max_model_len=self._config.max_model_len)
         os.environ.update(environment(self._threads))  # before vLLM's first import
-        # Not that of asyncio: on 2 cores a short prompt had its first token in 102 ms, not 114.
+        # Not that of asyncio: on 2 cores a short prompt had its first token in 102 ms, not 114
+        # (medians of 150 through the server, by hand, 2026-11).
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="vllm-engine", daemon=True

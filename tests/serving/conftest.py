@@ -2,17 +2,16 @@
 """One Ray and one Serve for each file of this folder; each test deploys what it needs."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from serve.lean import settings
+from serve.lean import private_folder, settings
 from tests.serving.site import Server, running
 
 # For every Ray of these tests: ours, that of `python -m serve`, and the cluster of `serve deploy`.
-_folder = tempfile.TemporaryDirectory(prefix="sg4v-")  # it goes when this process ends
+_folder = private_folder()  # it goes when this process ends
 os.environ.update(settings(Path(_folder.name), host="127.0.0.1", silent_s=60))
 
 

@@ -4,6 +4,7 @@
 import inspect
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,10 @@ def test_a_ray_of_this_machine_starts_with_settings_of_its_own(
         monkeypatch.setenv(name, "")  # so that it is taken back at the end
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "7")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(tempfile, "tempdir", "/" + 100 * "x")
     seen: dict[str, str] = {}
 
     def init(_: str) -> None:
@@ -76,6 +79,7 @@ def test_a_ray_of_this_machine_starts_with_settings_of_its_own(
     if is_ours:
         folder = Path(seen["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
         assert folder.name.startswith("sg4v-")
+        assert len(str(folder)) + 85 <= 107, "no socket has a longer name"
         assert not folder.exists(), "it goes with the server"
 
 

@@ -3,7 +3,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,14 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.handle import DeploymentHandle
 
 from serve.app import build
-from serve.lean import settings
+from serve.lean import private_folder, settings
 from sg4v_ray.core.artifact import Ref
 from tests.unit.serve_site import commit_model
 from tests.waiting import free_port
 
 SILENT_S = 4
 # Now: a Ray of other tests, which starts before ours, may be used.
-_folder = tempfile.TemporaryDirectory(prefix="sg4v-")  # it goes when this process ends
+_folder = private_folder()  # it goes when this process ends
 os.environ.update(settings(Path(_folder.name), host="127.0.0.1", silent_s=SILENT_S))
 KEY, LIMITED, READER = "sg4v-test-key", "sg4v-limited-key", "sg4v-metrics-key"
 CONFIG = """
