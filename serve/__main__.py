@@ -3,8 +3,8 @@
 
 The API stands at `/`; the chat page, if the config has one, at its route. RAY_ADDRESS names the
 cluster that serves (`serve.lean.LEAN` is for its nodes); without it this machine does.
-SIGINT (Ctrl-C) and SIGTERM end it: what was accepted is answered first, and new requests find
-nothing (404 of its proxy).
+SIGINT (Ctrl-C) and SIGTERM end it: what was accepted is answered first, which takes up to
+`limits.longest_s`, and new requests are refused. A second one ends it at once.
 """
 
 import logging
@@ -19,11 +19,13 @@ from typing import Any, Final
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from serve.app import application
 from serve.config import ServeConfig, Tracing, read
+from serve.deployment import INGRESS
 from serve.lean import private_folder, settings
 from serve.page import app as page
 from sg4v_ray.core.errors import ConfigError, Sg4vError
@@ -44,9 +46,7 @@ def main(arguments: list[str]) -> None:
         if cluster == "local":
             _check_port(config)
             folder = stack.enter_context(private_folder())
-            silent_s = config.limits.body_timeout_s + 5  # our own words come first
-            for name, value in settings(Path(folder), host=config.host, silent_s=silent_s).items():
-                os.environ.setdefault(name, value)
+            _set_up(Path(folder), config)
         # Named, because Ray would wait for the cluster last started here, even when that is gone.
         ray.init(cluster)
         stack.callback(ray.shutdown)  # before the folder goes
@@ -54,15 +54,40 @@ def main(arguments: list[str]) -> None:
         _serve(app, config)
 
 
+def _set_up(folder: Path, config: ServeConfig) -> None:
+    limits = config.limits
+    silent_s = limits.body_timeout_s + 5  # our own words come first
+    found = settings(folder, host=config.host, silent_s=silent_s, longest_s=limits.longest_s)
+    for name, value in found.items():
+        os.environ.setdefault(name, value)
+
+
 def _serve(app: Application, config: ServeConfig) -> None:
     try:
         _run(app, config)
-        threading.Event().wait()
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            _drain(config.limits.longest_s)
     except KeyboardInterrupt:
-        _log.warning("Stopping: accepted requests are answered, new ones find nothing here.")
+        _log.warning("Stopping at once.")
     finally:
         for name in (API, page.PAGE):
             serve.delete(name)
+
+
+def _drain(longest_s: float) -> None:
+    """Wait until every ingress has answered what it accepted."""
+    _log.warning(
+        "Stopping: accepted requests are answered, for %.0f s at most, new ones are refused. "
+        "Once more stops at once.",
+        longest_s,
+    )
+    ingress = serve.get_deployment_handle(INGRESS, API)
+    try:
+        ingress.broadcast("drain").results(timeout_s=longest_s)
+    except (RayError, TimeoutError) as error:
+        _log.error("Not all that was accepted is answered: %s", error)
 
 
 def _run(app: Application, config: ServeConfig) -> None:

@@ -93,6 +93,7 @@ def ingress_options(config: ServeConfig) -> dict[str, Any]:
     return {
         **_shared_options(config.limits),
         "name": INGRESS,
+        "graceful_shutdown_timeout_s": config.limits.longest_s + 10,  # a replica's, and its way
         "num_replicas": config.ingress_replicas,
         "max_ongoing_requests": config.max_ingress_ongoing,
         "max_surge_percent": 100,  # new ones first: they need no GPU

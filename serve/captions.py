@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -23,6 +24,7 @@ from serve.protocol import (
     TextPart,
     as_list,
     bad_request,
+    check_size,
     describe,
     usage,
 )
@@ -59,6 +61,7 @@ def parse_json(data: bytes) -> CaptionRequest:
     Raises:
         ApiError: 400, it is none.
     """
+    check_size(data)
     try:
         return CaptionRequest.model_validate_json(data)
     except ValidationError as error:
@@ -82,15 +85,18 @@ async def read_form(
     async def stream() -> AsyncGenerator[bytes, None]:
         yield data
 
-    headers = Headers({"content-type": content_type})
+    # Of what the client says, only where the parts end: its charset may be one that raises.
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"").decode("latin-1")
+    if not boundary:
+        raise bad_request("the form cannot be read: it has no boundary")
+    headers = Headers({"content-type": f'{MULTIPART}; boundary="{boundary}"'})
     parser = MultiPartParser(
         headers, stream(), max_files=max_images, max_fields=16, max_part_size=_LONGEST_FIELD
     )
     try:
         form = await parser.parse()
-    except (MultiPartException, KeyError) as error:  # KeyError: there is no boundary
-        message = error.message if isinstance(error, MultiPartException) else "it has no boundary"
-        raise bad_request(f"the form cannot be read: {message}") from None
+    except MultiPartException as error:
+        raise bad_request(f"the form cannot be read: {error.message}") from None
     files: list[bytes] = []
     fields: dict[str, str] = {}
     for name, value in form.multi_items():

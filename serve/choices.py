@@ -31,12 +31,26 @@ def jobs_for(job: Job, n: int) -> list[Job]:
     ]  # fmt: skip
 
 
-async def all_of(asked: Sequence[Coroutine[Any, Any, Piece]]) -> list[Piece]:
-    """Return all answers; the first that fails ends the others in the engine."""
+async def all_of(
+    asked: Sequence[Coroutine[Any, Any, Piece]], *, at_once: int | None = None
+) -> list[Piece]:
+    """Return all answers; the first that fails ends the others in the engine.
+
+    Args:
+        asked: who answers.
+        at_once: how many are asked at the same time; None asks all. Serve counts each in the
+            model's queue at first, even where a replica would take it.
+    """
     failed: list[ApiError] = []
+    places = asyncio.Semaphore(at_once or len(asked))
+
+    async def in_turn(one: Coroutine[Any, Any, Piece]) -> Piece:
+        async with places:
+            return await one
+
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in asked]
+            tasks = [group.create_task(in_turn(one)) for one in asked]
     except* ApiError as errors:
         failed += [one for one in errors.exceptions if isinstance(one, ApiError)]
     if failed:

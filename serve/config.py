@@ -73,9 +73,9 @@ class Limits:
 
     @property
     def longest_s(self) -> float:
-        """How long the proxy lets a request be open: bodies, queues and slow readers take time
-        that `timeout_s` does not count."""
-        return 2 * self.timeout_s
+        """How long the proxy lets a request be open. Our own deadlines come first: those of the
+        body, the images and the answer, and as long again for queues and slow readers."""
+        return self.body_timeout_s + self.fetch_timeout_s + 2 * self.timeout_s
 
     def fetching(self) -> FetchConfig:
         """Return how images are fetched."""
@@ -146,7 +146,7 @@ class ServeConfig:
     limits: Limits = field(default_factory=Limits)
     host: str = "127.0.0.1"
     """Address that `python -m serve` listens on. Behind a proxy that ends TLS: keys are sent as
-    they are. `serve run` and `serve deploy` take Serve's own http_options instead."""
+    they are. `serve.package` writes it for `serve deploy`; `serve run` has options of its own."""
     port: int = 8000
     ingress_replicas: int = 1
     """Processes that answer HTTP, decode images and tokenise."""

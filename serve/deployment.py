@@ -74,7 +74,8 @@ class ModelDeployment:
     max_ongoing: int = 80
     """Requests in one replica; those beyond the engine's capacity wait inside it."""
     max_queued: int = 64
-    """Requests that wait for a replica in one ingress; beyond it clients get 503."""
+    """Requests that wait for a replica in one ingress; beyond it clients get 503. Each is one of
+    them at first, so no more answers of one call (`n`, images) are asked for at once."""
     num_cpus: float = 1.0
     """CPUs that a replica reserves."""
     num_gpus: float = 0.0
@@ -155,9 +156,9 @@ class ModelDeployment:
                 f"model {self.id!r}: num_gpus must be whole or a share of one, got "
                 f"{self.num_gpus:g}"
             )
-        if self.max_queued < 0 or self.num_cpus < 0 or self.num_gpus < 0 or self.threads < 1:
+        if self.max_queued < 1 or self.num_cpus < 0 or self.num_gpus < 0 or self.threads < 1:
             raise ConfigError(
-                f"model {self.id!r}: max_queued, num_cpus and num_gpus must not be negative and "
+                f"model {self.id!r}: num_cpus and num_gpus must not be negative, max_queued and "
                 "threads must be at least 1"
             )
         if self.engine.tensor_parallel > 1 and self.num_gpus != self.engine.tensor_parallel:

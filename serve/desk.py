@@ -24,6 +24,7 @@ _FILE: Final = "usage.json"
 _SAVE_AFTER_S: Final = 5.0
 """What a key used meanwhile is lost with the process."""
 _RETRY_AFTER_S: Final = 1
+_PATIENCE_S: Final = 5.0
 
 
 class QuotaDesk:
@@ -160,9 +161,12 @@ class DeskHandle:
             raise _unavailable("the weight cannot be kept in auth.state; the log says why")
 
     async def _ask(self, method: str, *args: object) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(*args)
-        except (BackPressureError, DeploymentUnavailableError, RayActorError) as error:
+        try:  # a call of a desk that starts anew would wait for it
+            async with asyncio.timeout(_PATIENCE_S):
+                return await getattr(self._handle, method).remote(*args)
+        except (
+            BackPressureError, DeploymentUnavailableError, RayActorError, TimeoutError,
+        ) as error:  # fmt: skip
             raise _unavailable("quotas cannot be looked up now; try again") from error
 
 

@@ -10,6 +10,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,9 +18,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.config import LOOPBACK
+from serve.gate import Gate
 from serve.keys import Key, KeyRing
 from serve.keys import Scope as KeyScope
-from serve.protocol import ApiError
+from serve.protocol import ApiError, bad_request
 from serve.quota import Refusal
 from serve.telemetry import LogOnly, Telemetry
 from serve.visit import VISIT, Desk, Visit, too_many
@@ -30,6 +32,10 @@ _LONGEST_ID: Final = 128
 _LONGEST_KEY: Final = 512
 _SCOPES: Final[Mapping[str, KeyScope]] = {"/health": "metrics", "/admin": "admin"}
 """What a path needs that is not for inference, with all below it."""
+_ALIVE: Final = "/health/live"
+_SERVES_OWN: Final = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
+"""Headers by which Serve lets whoever sends them lift its deadline, or have the engine work on
+for nobody."""
 
 
 class Guard:
@@ -41,6 +47,7 @@ class Guard:
         *,
         ring: KeyRing | None,
         desk: Desk,
+        gate: Gate | None = None,
         telemetry: Telemetry | None = None,
         echoes_id: bool = True,
     ) -> None:
@@ -50,11 +57,12 @@ class Guard:
             app: what is guarded.
             ring: all keys.
             desk: who keeps the books of their quotas.
+            gate: what all but the probe of liveness goes through; None is one that stays open.
             telemetry: who hears of each request; None writes lines in the log alone.
             echoes_id: answer with the id of the request; Serve's proxy does so itself.
         """
         self._app, self._ring, self._desk, self._echoes_id = app, ring, desk, echoes_id
-        self._telemetry = telemetry or LogOnly()
+        self._gate, self._telemetry = gate or Gate(), telemetry or LogOnly()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -75,13 +83,20 @@ class Guard:
                 await self._desk.leave(visit.key, visit.number, visit.tokens)
 
     async def _serve(self, visit: Visit, scope: Scope, receive: Receive, sending: Send) -> None:
-        try:
-            visit.key = self._key(scope)
-            if visit.key is not None and visit.key.quota.has_limits:
-                await self._enter(visit, visit.key)
-        except ApiError as error:
-            await _answer(error)(scope, receive, sending)
-            return
+        with ExitStack() as passing:
+            try:
+                visit.key = self._key(scope)
+                _check_headers(Headers(scope=scope))
+                if scope["path"] != _ALIVE:
+                    passing.enter_context(self._gate.passing())
+                if visit.key is not None and visit.key.quota.has_limits:
+                    await self._enter(visit, visit.key)
+            except ApiError as error:
+                await _answer(error)(scope, receive, sending)
+                return
+            await self._pass(visit, scope, receive, sending)
+
+    async def _pass(self, visit: Visit, scope: Scope, receive: Receive, sending: Send) -> None:
         scope.setdefault("state", {})[VISIT] = visit
         try:
             await self._app(scope, receive, sending)
@@ -94,7 +109,7 @@ class Guard:
 
     def _key(self, scope: Scope) -> Key | None:
         if self._ring is None:
-            _check_host(Headers(scope=scope).get("host"))
+            check_host(Headers(scope=scope).get("host"))
             return None
         kind, _, presented = Headers(scope=scope).get("authorization", "").partition(" ")
         presented = presented.strip()
@@ -123,10 +138,19 @@ class Guard:
         visit.ticket = found
 
 
-def _check_host(host: str | None) -> None:
+def _check_headers(headers: Headers) -> None:
+    for name in _SERVES_OWN:
+        if name in headers:
+            raise bad_request(f"{name}: this server does not take this header", param=name)
+
+
+def check_host(host: str | None) -> None:
     """Refuse what a web page of a stranger sends whose name was made to mean this machine.
 
     Browsers always send the name.
+
+    Raises:
+        ApiError: 403, it is not one of this machine's own names.
     """
     if host is not None and re.sub(r":\d*$", "", host.lower()).strip("[]") not in LOOPBACK:
         raise ApiError(

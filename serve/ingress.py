@@ -20,6 +20,7 @@ from serve.answer import Piece
 from serve.config import Auth, Limits
 from serve.deployment import Canary, canary_id
 from serve.desk import DeskHandle
+from serve.gate import Gate
 from serve.guard import Guard
 from serve.protocol import ApiError
 from serve.replica import Served
@@ -155,13 +156,19 @@ class Ingress:
             traffic=SharedWeights(books, {one: canary.weight for one, canary in canaries.items()}),
         )
         write_lines()
+        self._gate = Gate()
         self._guarded = partial(
             Guard,
             ring=auth.ring(),
             desk=books,
+            gate=self._gate,
             telemetry=RayTelemetry(),
             echoes_id=False,
         )
+
+    async def drain(self) -> None:
+        """Refuse new requests; return when those that were accepted have ended."""
+        await self._gate.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""

@@ -69,7 +69,7 @@ class Key:
     """One caller."""
 
     name: str
-    """Stands in logs and metrics; the key itself never does."""
+    """Stands in the log; the key itself never does."""
     sha256: str
     """Of the key, in hexadecimal. Keys are 256 random bits, so no slow hash is needed."""
     scopes: tuple[Scope, ...] = ("inference",)

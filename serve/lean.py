@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How Ray Serve is set on a machine that serves alone, where nothing else is set."""
 
+import logging
 import math
+import os
 import shlex
 import socket
 import sys
@@ -9,6 +11,8 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
+
+_log = logging.getLogger(__name__)
 
 LEAN: Final = {
     # Ten times a second by Serve's default: of few cores the engine misses what that takes.
@@ -29,6 +33,7 @@ _HAPROXY: Final = {
     # default, for load balancers of other makers.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
 }
+_NO_HAPROXY: Final = {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
 _REACHED: Final = ("127.0.0.1", "localhost", "0.0.0.0")
 """Where HAProxy finds an ingress of its own node: it asks 127.0.0.1, whatever the host is."""
 _PORTS: Final = (
@@ -51,7 +56,7 @@ def private_folder() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="sg4v-", dir="/tmp")
 
 
-def settings(folder: Path, *, host: str, silent_s: float) -> dict[str, str]:
+def settings(folder: Path, *, host: str, silent_s: float, longest_s: float) -> dict[str, str]:
     """Return `LEAN` and HAProxy, with ports and files that no other server of this machine has.
 
     Args:
@@ -60,14 +65,23 @@ def settings(folder: Path, *, host: str, silent_s: float) -> dict[str, str]:
         host: where this server listens.
         silent_s: how long a client may leave a request unfinished or an answer unread. An hour
             by default, of HAProxy's 4,096 connections that anybody may open.
+        longest_s: the longest answer. HAProxy starts anew when an ingress comes or goes; its
+            former process ends the answers that it has, by default only for 120 s.
     """
     if host not in _REACHED or sys.platform != "linux":  # Ray brings it for Linux alone
-        return {**LEAN, "RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    patience = {"RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(silent_s))}
-    start = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(_without_splice(folder))}
+        return {**LEAN, **_NO_HAPROXY}
+    program = _without_splice(folder)
+    if not os.access(program, os.X_OK):
+        _log.warning("%s is mounted noexec: no HAProxy, a slower proxy in Python instead", folder)
+        return {**LEAN, **_NO_HAPROXY}
+    start = {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(silent_s)),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(longest_s)),
+    }
     files = {name: str(folder / file) for name, file in _FILES.items()}
     ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
-    return {**LEAN, **_HAPROXY, **start, **patience, **files, **ports}
+    return {**LEAN, **_HAPROXY, **start, **files, **ports}
 
 
 def _without_splice(folder: Path) -> Path:

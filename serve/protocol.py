@@ -48,6 +48,10 @@ def neutral_fields() -> dict[str, Any]:
     return ignored | {name: {"enum": [*allowed, None]} for name, allowed in _NEUTRAL.items()}
 
 
+_MOST_VALUES: Final = 100_000
+"""Of a body's lists, objects and fields: in memory each takes tens of times what it takes here."""
+
+
 class ApiError(Sg4vError):
     """A request that is answered with an error; its text goes to the client."""
 
@@ -172,6 +176,7 @@ def parse(data: bytes) -> ChatRequest:
     Raises:
         ApiError: it is not JSON, misses a field, or asks for what we do not have.
     """
+    check_size(data)
     try:
         body = ChatRequest.model_validate_json(data)
     except ValidationError as error:
@@ -183,9 +188,21 @@ def parse(data: bytes) -> ChatRequest:
             if name != "name" and value not in (None, [], {}):
                 param = f"messages.{i}.{name}"
                 raise bad_request(f"Unsupported field: {param}", param=param)
+    for part in (body, *body.messages):
+        (part.model_extra or {}).clear()  # checked, and of no use to anybody
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream: true", param="stream_options")
     return body
+
+
+def check_size(data: bytes) -> None:
+    """Refuse a body that is small and would be large once it is parsed.
+
+    Raises:
+        ApiError: 400, it has too many values.
+    """
+    if sum(data.count(one) for one in b"[{,") > _MOST_VALUES:
+        raise bad_request(f"body: more than {_MOST_VALUES:,} values or commas")
 
 
 def _check_extra(name: str, value: Any) -> None:

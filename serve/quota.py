@@ -55,8 +55,6 @@ class _Used:
     """When each open request must be over, by number."""
     booked: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Tokens of each open request and the day that they were counted in, by number."""
-    gone: dict[int, float] = field(default_factory=dict)
-    """Requests that left, and until when words of theirs that were overtaken may come."""
 
 
 class Quotas:
@@ -65,6 +63,8 @@ class Quotas:
     def __init__(self, *, longest_request_s: float) -> None:
         self._longest_s = longest_request_s + _LOST_AFTER_S
         self._used: dict[str, _Used] = {}
+        self._gone: dict[int, float] = {}
+        """Requests that left, and until when words of theirs that were overtaken may come."""
 
     def enter(
         self, name: str, quota: Quota, number: int, *, now: float, today: int = 0
@@ -95,7 +95,7 @@ class Quotas:
                 return Refusal(reason, math.ceil(wait_s))
         if used.requests is not None:
             used.requests.book(1, now)
-        if number not in used.gone:
+        if number not in self._gone:
             used.open[number] = now + self._longest_s
         return Ticket(_left(used.requests, now, least=1), _left(used.tokens, now, least=0))
 
@@ -104,7 +104,7 @@ class Quotas:
     ) -> Refusal | None:
         """Book the most tokens that a request can use, or say why it must wait."""
         used = self._of(name, quota, now, today)
-        if number in used.gone:
+        if number in self._gone:
             return None
         if quota.tokens_per_day is not None and used.today + tokens > quota.tokens_per_day:
             return Refusal("day", math.ceil(DAY_S - now % DAY_S))
@@ -119,13 +119,11 @@ class Quotas:
 
     def leave(self, name: str, number: int, tokens: int, *, now: float) -> None:
         """End a request that used so many tokens. Words of one that left may still come after."""
+        for one in [*itertools.takewhile(lambda one: self._gone[one] <= now, self._gone)]:
+            self._gone.pop(one)
+        self._gone[number] = now + _LATE_S
         used = self._used.get(name)
-        if used is None:
-            return
-        for one in [*itertools.takewhile(lambda one: used.gone[one] <= now, used.gone)]:
-            used.gone.pop(one)
-        used.gone[number] = now + _LATE_S
-        if used.open.pop(number, None) is None:
+        if used is None or used.open.pop(number, None) is None:
             return
         booked, day = used.booked.pop(number, (0, used.day))
         unused = booked - tokens

@@ -143,14 +143,9 @@ class Routes:
 
     async def chat(self, http: Request) -> Response:
         """POST /v1/chat/completions."""
-        data = await read_body(http, self._limits)
-        loop = asyncio.get_running_loop()
-        visit, began = visit_of(http.state), time.monotonic()
-        body = await loop.run_in_executor(self._pool, protocol.parse, data)
-        entry, n = await self._versions.draw(body.model), body.n or 1
-        fetched = await self._fetched([body], visit)
-        job = await loop.run_in_executor(self._pool, self._prepare, entry, body, fetched)
-        visit.prepare_s = time.monotonic() - began
+        visit = visit_of(http.state)
+        body, entry, job = await self._asked(http, visit)
+        n = body.n or 1
         await _begin(visit, body.model, entry, [job], n=n)
         if body.stream:
             return await self._streamed(body, entry, job, visit)
@@ -165,12 +160,44 @@ class Routes:
         )
         return JSONResponse(answer)
 
+    async def _asked(self, http: Request, visit: Visit) -> tuple[ChatRequest, Entry, Job]:
+        """Return a request without its messages, who answers it, and what the engine needs.
+
+        What was sent takes up to a hundred times the memory of that, so it ends here.
+        """
+        data = await read_body(http, self._limits)
+        loop, began = asyncio.get_running_loop(), time.monotonic()
+        body = await loop.run_in_executor(self._pool, protocol.parse, data)
+        entry = await self._versions.draw(body.model)
+        most = entry.model.config.max_queued
+        if body.n is not None and body.n > most:  # they would not all find a place, ever
+            raise protocol.bad_request(f"n: this model takes at most {most}", param="n")
+        fetched = await self._fetched([body], visit)
+        job = await loop.run_in_executor(self._pool, self._prepare, entry, body, fetched)
+        visit.prepare_s = time.monotonic() - began
+        return body.model_copy(update={"messages": []}), entry, job
+
     async def captions(self, http: Request) -> Response:
         """POST /v1/captions."""
+        visit = visit_of(http.state)
+        body, model_id, entry, jobs = await self._asked_captions(http, visit)
+        await _begin(visit, model_id, entry, jobs)
+        pieces = await all_of(
+            [self._backend.complete(entry.deployment, job) for job in jobs],
+            at_once=entry.model.config.max_queued,
+        )
+        made, first, last = sum(one.num_tokens for one in pieces), pieces[0], pieces[-1]
+        visit.hear(made, last.finish_reason, waited_s=first.waited_s)
+        answer = answer_of(entry.head(model_id), jobs, pieces, body=body, model=entry.model)
+        return JSONResponse(answer)
+
+    async def _asked_captions(
+        self, http: Request, visit: Visit
+    ) -> tuple[CaptionRequest, str, Entry, list[Job]]:
+        """Return a request without its images, who answers it, and what the engine needs."""
         limits = self._limits
-        kinds = (JSON, MULTIPART)
-        data = await read_body(http, limits, kinds=kinds)
-        sent, visit = http.headers["content-type"], visit_of(http.state)
+        data = await read_body(http, limits, kinds=(JSON, MULTIPART))
+        sent = http.headers["content-type"]
         loop, began = asyncio.get_running_loop(), time.monotonic()
         if sent.lower().startswith(MULTIPART):
             if visit.key is None and "origin" in http.headers:
@@ -184,12 +211,7 @@ class Routes:
         fetched = await self._fetched(asked, visit)
         jobs = await loop.run_in_executor(self._pool, self._prepare_captions, entry, asked, fetched)
         visit.prepare_s = time.monotonic() - began
-        await _begin(visit, model_id, entry, jobs)
-        pieces = await all_of([self._backend.complete(entry.deployment, job) for job in jobs])
-        made, first, last = sum(one.num_tokens for one in pieces), pieces[0], pieces[-1]
-        visit.hear(made, last.finish_reason, waited_s=first.waited_s)
-        answer = answer_of(entry.head(model_id), jobs, pieces, body=body, model=entry.model)
-        return JSONResponse(answer)
+        return body.model_copy(update={"images": []}), model_id, entry, jobs
 
     def _captioner(self, body: CaptionRequest) -> tuple[str, list[ChatRequest]]:
         most = self._limits.max_caption_images

@@ -18,6 +18,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.guard import check_host
+from serve.protocol import ApiError
+
 COOKIE: Final = "sg4v_page"
 _OPEN: Final = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/(assets|static|svelte)/[^\\]+"
@@ -49,6 +52,7 @@ class Door:
         knows: Callable[[str], bool],
         uploads: Path,
         max_upload_bytes: int,
+        is_for_this_machine: bool,
     ) -> None:
         """Let little in.
 
@@ -57,9 +61,12 @@ class Door:
             knows: says whether the browser with this cookie may use files.
             uploads: the folder where Gradio puts files.
             max_upload_bytes: of all files of one upload; Gradio looks at the size of each.
+            is_for_this_machine: nobody is asked for a key, so other names than this machine's own
+                are refused, as the API does.
         """
         self._app, self._knows, self._uploads = app, knows, uploads.resolve()
         self._max_upload_bytes = max_upload_bytes
+        self._is_for_this_machine = is_for_this_machine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -93,6 +100,11 @@ class Door:
             await refusal(scope, receive, sending)
 
     def _refusal(self, scope: Scope, path: str, visitor: str | None) -> PlainTextResponse | None:
+        if self._is_for_this_machine:
+            try:
+                check_host(Headers(scope=scope).get("host"))
+            except ApiError as error:
+                return PlainTextResponse(error.message, error.status)
         method = scope["method"]
         is_upload = method == "POST" and path == _UPLOAD
         if is_upload or (method in _READS and path.startswith(_FILES)):

@@ -54,6 +54,7 @@ def web(config: ServeConfig, page: PageConfig, *, api: str, uploads: Path) -> AS
         knows=sessions.knows,
         uploads=uploads,
         max_upload_bytes=page.max_images * limits.image.max_bytes,
+        is_for_this_machine=config.auth.anonymous,
     )
 
 

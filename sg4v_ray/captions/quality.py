@@ -91,8 +91,8 @@ def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-_asked = functools.cache(_plain)
-"""The instruction of a job, once."""
+_asked = functools.lru_cache(maxsize=8)(_plain)
+"""The instruction of a job, once. Few: in a server clients write them."""
 
 
 def _echoes(text: str, instruction: str) -> bool:

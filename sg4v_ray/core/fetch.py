@@ -7,7 +7,9 @@ checked address (a second lookup could give another answer); each redirect is ch
 """
 
 import asyncio
+import functools
 import ipaddress
+import re
 import socket
 import ssl
 from collections.abc import Iterable
@@ -30,6 +32,9 @@ _SPECIAL_V4: Final = ipaddress.ip_network("192.0.0.0/24")
 """IANA's special purposes; in it lies the metadata service of one cloud. Python 3.11 has it global
 but for its first eight addresses."""
 _TUNNELS_V6: Final = (ipaddress.ip_network("2001::/32"), ipaddress.ip_network("2002::/16"))
+
+
+_HOST: Final = re.compile(r"\.?[^\s/:@?#*%\\.][^\s/:@?#*%\\]*(?<!\.)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +63,10 @@ class FetchConfig:
         if self.concurrency < 1:
             raise ConfigError(f"concurrency must be at least 1, got {self.concurrency}")
         for host in (*self.allow_hosts, *self.allow_private_hosts):
-            if "/" in host or ":" in host:
+            if host != "*" and not _HOST.fullmatch(host):
                 raise ConfigError(
-                    f"allow_hosts takes host names such as images.example.org, got {host!r}"
+                    "allow_hosts takes host names such as images.example.org, or .example.org for "
+                    f"every host below it, got {host!r}"
                 )
 
 
@@ -164,7 +170,7 @@ class Fetcher:
         if self._config.allow_ports and port not in self._config.allow_ports:
             raise _Refused(Reject.HOST_NOT_ALLOWED, f"port {port} is not in allow_ports")
         allowed = (*self._config.allow_hosts, *self._config.allow_private_hosts)
-        if not _on_list(found.host, allowed):
+        if not _on_list(found.raw_host.decode("ascii"), allowed):
             detail = f"{found.host} is not in allow_hosts; add it, or '*' for every public host"
             raise _Refused(Reject.HOST_NOT_ALLOWED, detail)
         return found
@@ -262,6 +268,16 @@ def is_public(address: str) -> bool:
 def _on_list(host: str, allowed: tuple[str, ...]) -> bool:
     host = host.lower().rstrip(".")
     return any(
-        one == "*" or host == one.lower() or (one.startswith(".") and host.endswith(one.lower()))
+        one == "*" or host == name or (name.startswith(".") and host.endswith(name))
         for one in allowed
+        if (name := _ascii(one))
     )
+
+
+@functools.cache
+def _ascii(host: str) -> str:
+    """Return a configured host name as URLs have it: lower case, other alphabets as xn--..."""
+    if host.isascii():
+        return host.lower()
+    dot = "." if host.startswith(".") else ""
+    return dot + httpx.URL(f"http://{host.removeprefix('.')}/").raw_host.decode("ascii")

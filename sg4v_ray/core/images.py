@@ -12,6 +12,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.rejects import Reject
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -43,6 +44,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_STRIP_PIXELS = 1_000_000
+_BOMB_PIXELS = 178_956_970
+"""Where Pillow raises: twice its `Image.MAX_IMAGE_PIXELS`."""
 _MAX_SCANS = 100
 """A progressive JPEG has about ten. Each is a pass over all pixels and may be of a few bytes."""
 _END: dict[str, bytes] = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
@@ -66,7 +70,16 @@ class ImageLimits:
     max_bytes: int = 32 * 2**20
     """Encoded size. The largest SA-1B JPEG is below 2 MB."""
     max_pixels: int = 50_000_000
-    """Width times height; 150 MB once decoded to RGB."""
+    """Width times height; 200 MB once decoded, for Pillow takes four bytes a pixel."""
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 1:
+            raise ConfigError(f"max_bytes must be at least 1, got {self.max_bytes}")
+        if not 1 <= self.max_pixels <= _BOMB_PIXELS:
+            raise ConfigError(
+                f"max_pixels must be 1 to {_BOMB_PIXELS}, got {self.max_pixels}: beyond it Pillow "
+                "takes an image for an attack"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +166,22 @@ def _is_cut(data: bytes, name: str) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float64)
-        return Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        white = Image.new("RGBA", layered.size, "white")
-        return Image.alpha_composite(white, layered).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    layers = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    if not layers and not image.mode.startswith("I"):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    # In strips: on the way each pixel takes several times what it takes in the end.
+    found, rows = Image.new("RGB", image.size), max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        found.paste(_over_white(image.crop(box)) if layers else _eight_bits(image.crop(box)), box)
+    return found
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image, dtype=np.float64)
+    return Image.fromarray((grey.clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")

@@ -12,7 +12,7 @@ from tests.serving.site import Server, running
 
 # For every Ray of these tests: ours, that of `python -m serve`, and the cluster of `serve deploy`.
 _folder = private_folder()  # it goes when this process ends
-os.environ.update(settings(Path(_folder.name), host="127.0.0.1", silent_s=60))
+os.environ.update(settings(Path(_folder.name), host="127.0.0.1", silent_s=60, longest_s=600))
 
 
 @pytest.fixture(scope="module")

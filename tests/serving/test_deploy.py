@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m serve.package`, then `serve deploy` on a cluster behind a token, spans included."""
 
+import http.client
 import http.server
+import json
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,6 +157,30 @@ def test_a_server_that_is_told_to_stop_answers_first_what_it_accepted(
             rest = list(lines)
         assert rest[-2] == "data: [DONE]"
         assert len(rest) > 20
+        _, said = server.communicate(timeout=120)
+        assert server.returncode == 0
+        assert "Traceback" not in said, said
+
+
+def test_a_server_that_stops_answers_what_waits_in_a_queue_and_what_takes_long(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Serve's own `delete` gives up after 60 s, and forgets what waits for a replica."""
+    commit_model(tmp_path / "root", Ref(name="vlm", version="v1"), tiny_model)
+    port, engine = free_port(), {**MODEL["engine"], "capacity": 1, "latency_s": 0.8}
+    config = config_file(tmp_path, port, engine=engine, max_ongoing=1)
+    url, headers = f"http://127.0.0.1:{port}", {"content-type": "application/json"}
+    with in_foreground(config, tmp_path / "root", port) as server:
+        asked = [http.client.HTTPConnection("127.0.0.1", port, timeout=200) for _ in range(2)]
+        for one in asked:
+            one.request("POST", CHAT, json.dumps(ask("Say")), headers)
+        began = time.monotonic()
+        assert httpx.get(f"{url}/v1/models").status_code == 200  # it came after them
+        server.send_signal(signal.SIGTERM)
+        eventually(lambda: httpx.get(f"{url}/v1/models").status_code == 503, within_s=20)
+        assert httpx.get(f"{url}/v1/models").json()["error"]["code"] == "stopping"
+        assert [one.getresponse().status for one in asked] == [200, 200]
+        assert time.monotonic() - began > 65, "it would show nothing"
         _, said = server.communicate(timeout=120)
         assert server.returncode == 0
         assert "Traceback" not in said, said

@@ -195,7 +195,10 @@ def test_public_addresses(address: str, public: bool) -> None:
     assert is_public(address) is public
 
 
-@pytest.mark.parametrize("host", ["https://a.org", "a.org:80", "a.org/path"])
+@pytest.mark.parametrize(
+    "host",
+    ["https://a.org", "a.org:80", "a.org/path", "*.a.org", "a.org.", "", ".", "a b.org", "x@a.org"],
+)
 def test_a_host_is_a_name_and_nothing_else(host: str) -> None:
     with pytest.raises(ConfigError, match="host names"):
         FetchConfig(allow_hosts=(host,))
@@ -220,3 +223,24 @@ def test_several_bodies_share_one_budget(site: Site) -> None:
     first, second, third = asyncio.run(body())
     assert first == second == b"image bytes"
     assert isinstance(third, Rejected) and third.reason is Reject.TOO_MANY_BYTES
+
+
+@pytest.mark.parametrize("allowed", ["bücher.example", "xn--bcher-kva.example", ".EXAMPLE"])
+@pytest.mark.parametrize("asked", ["bücher.example", "xn--bcher-kva.example", "BÜCHER.example."])
+def test_a_name_in_any_alphabet_is_the_same_host(
+    allowed: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    async def nobody(host: str, *_: object, **__: object) -> list[object]:
+        seen.append(host)
+        return [(0, 0, 0, "", ("10.0.0.1", 80))]
+
+    async def body() -> bytes | Rejected:
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", nobody)
+        fetcher = Fetcher(FetchConfig(allow_hosts=(allowed,), retry=RetryPolicy(max_tries=1)))
+        return await fetcher.get(f"http://{asked}/", max_bytes=9)
+
+    found = asyncio.run(body())
+    assert isinstance(found, Rejected) and "not public" in found.detail
+    assert [one.rstrip(".") for one in seen] == ["xn--bcher-kva.example"]

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sg4v_ray.core import images
+from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.images import ImageLimits, Rejected, open_image
 from sg4v_ray.core.rejects import Reject
 
@@ -155,3 +157,25 @@ def test_of_a_gif_the_first_frame_is_taken() -> None:
     image = open_image(data, LIMITS)
     assert isinstance(image, Image.Image)
     assert image.getpixel((4, 4)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16"])
+def test_what_is_converted_in_strips_is_the_same_image(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(1).integers(0, 65536, (37, 23, 4)).astype(np.uint16)
+    if mode == "I;16":
+        made = Image.fromarray(noise[:, :, 0])
+    else:
+        made = Image.fromarray(noise.astype(np.uint8), "RGBA").convert(mode)
+    whole = open_image(encoded(made, "PNG"), LIMITS)
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 5 * 23)
+    strips = open_image(encoded(made, "PNG"), LIMITS)
+    assert isinstance(whole, Image.Image) and isinstance(strips, Image.Image)
+    assert strips.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("limits", [{"max_bytes": 0}, {"max_pixels": 0}, {"max_pixels": 2 * 10**8}])
+def test_limits_that_no_image_meets_are_refused(limits: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(limits))):
+        ImageLimits(**limits)

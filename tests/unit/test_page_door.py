@@ -27,11 +27,25 @@ def uploads(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(uploads: Path) -> TestClient:
-    app = Starlette(routes=[Route("/{path:path}", reached, methods=["GET", "POST", "PUT"])])
-    door = Door(
-        app, knows=lambda one: one in ("friend", ""), uploads=uploads, max_upload_bytes=3_000_000
+    return TestClient(door(uploads), follow_redirects=False)
+
+
+def door(uploads: Path, *, is_for_this_machine: bool = False) -> Door:
+    return Door(
+        Starlette(routes=[Route("/{path:path}", reached, methods=["GET", "POST", "PUT"])]),
+        knows=lambda one: one in ("friend", ""),
+        uploads=uploads,
+        max_upload_bytes=3_000_000,
+        is_for_this_machine=is_for_this_machine,
     )
-    return TestClient(door, follow_redirects=False)
+
+
+@pytest.mark.parametrize(("host", "status"), [("127.0.0.1:8000", 200), ("evil.example", 403)])
+def test_without_keys_a_strangers_name_for_this_machine_is_refused(
+    uploads: Path, host: str, status: int
+) -> None:
+    client = TestClient(door(uploads, is_for_this_machine=True), base_url=f"http://{host}")
+    assert client.get("/").status_code == status
 
 
 @pytest.mark.parametrize(

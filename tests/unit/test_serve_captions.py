@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in, captions out: as JSON or as files, one or many, in the order they were sent."""
 
+import gc
 import json
 import re
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serve.protocol import ApiError
+from serve.answer import Piece
+from serve.captions import CaptionRequest
+from serve.protocol import ApiError, ImageUrl
+from serve.request import Job
 from serve.routes import Routes
 from serve.versions import Entry
-from tests.unit.serve_site import DEPLOYMENT, LIMITS, InProcess, open_model, png, uri
+from tests.unit.serve_site import DEPLOYMENT, LIMITS, InProcess, make_routes, open_model, png, uri
 
 
 @pytest.fixture
@@ -108,6 +112,14 @@ def test_a_broken_form_is_400(client: TestClient, content: bytes, kind: str) -> 
     assert found.status_code == 400, found.text
 
 
+@pytest.mark.parametrize("charset", ["undefined", "unicode_escape", "utf-16", "x"])
+def test_a_form_says_nothing_about_its_charset(client: TestClient, charset: str) -> None:
+    content = b'--x\r\nContent-Disposition: form-data; name="a\\ud800"\r\n\r\n1\r\n--x--\r\n'
+    kind = f"multipart/form-data; boundary=x; charset={charset}"
+    found = client.post("/v1/captions", content=content, headers={"content-type": kind})
+    assert found.status_code == 400, found.text
+
+
 def test_more_files_than_are_taken_are_not_read(client: TestClient) -> None:
     files = [("image", ("x.png", png("teal"), "image/png"))] * 4
     found = client.post("/v1/captions", files=files)
@@ -134,3 +146,47 @@ def test_a_model_that_is_not_there_is_404(client: TestClient) -> None:
     found = client.post("/v1/captions", json={"images": uri("teal"), "model": "none"})
     assert found.status_code == 404
     assert json.loads(found.content)["error"]["code"] == "model_not_found"
+
+
+def test_of_one_call_no_more_images_are_asked_about_than_the_models_queue_takes(
+    tiny_model: Path,
+) -> None:
+    class Counting(InProcess):
+        now = most = 0
+
+        async def complete(self, model_id: str, job: Job) -> Piece:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            piece = await super().complete(model_id, job)
+            self.now -= 1
+            return piece
+
+    model = open_model(tiny_model)
+    backend = Counting(tiny_model, replace(model, config=replace(model.config, max_queued=2)))
+    with TestClient(make_routes(backend).app()) as client:
+        found = client.post("/v1/captions", json={"images": [uri("teal")] * 3})
+    assert (found.status_code, len(found.json()["data"]), backend.most) == (200, 3, 2)
+
+
+@pytest.mark.parametrize("path", ["/v1/captions", "/v1/chat/completions"])
+def test_while_the_engine_works_what_was_sent_is_no_longer_held(
+    tiny_model: Path, path: str
+) -> None:
+    held: list[object] = []
+
+    class Looking(InProcess):
+        async def complete(self, model_id: str, job: Job) -> Piece:
+            held.extend(
+                one for one in gc.get_objects() if isinstance(one, ImageUrl | CaptionRequest)
+                and getattr(one, "url", getattr(one, "images", None))
+            )  # fmt: skip
+            return await super().complete(model_id, job)
+
+    body: dict[str, Any] = {"images": uri("teal"), "model": "captioner"}
+    if path != "/v1/captions":
+        part = {"type": "image_url", "image_url": {"url": uri("teal")}}
+        body = {"model": "captioner", "messages": [{"role": "user", "content": [part]}]}
+    routes = make_routes(Looking(tiny_model, open_model(tiny_model)))
+    with TestClient(routes.app()) as client:
+        assert client.post(path, json=body).status_code == 200
+    assert held == []

@@ -84,12 +84,19 @@ def test_without_a_place_to_save_nothing_is_saved() -> None:
     run(body)
 
 
-def test_without_its_books_a_key_with_a_quota_gets_503() -> None:
+@pytest.mark.parametrize("starts_anew", [False, True])
+def test_without_its_books_a_key_with_a_quota_gets_503(
+    starts_anew: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "_PATIENCE_S", 0.05)
+
     class Gone:
         def __getattr__(self, name: str) -> "Gone":
             return self
 
         async def remote(self, *_: object) -> None:
+            if starts_anew:  # Serve waits for it
+                await asyncio.Event().wait()
             raise ActorDiedError
 
     key = Key(name="a", sha256="0" * 64, quota=DAY)

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from serve.gate import Gate
 from serve.guard import Guard, scope_of
 from serve.keys import Key, KeyRing
 from serve.protocol import ApiError
@@ -48,7 +49,12 @@ def books() -> Books:
 
 
 @pytest.fixture
-def client(books: Books, tmp_path: Path) -> Iterator[TestClient]:
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def client(books: Books, gate: Gate, tmp_path: Path) -> Iterator[TestClient]:
     file = tmp_path / "keys.yaml"
     entries = {
         "plain": "",
@@ -96,7 +102,7 @@ def client(books: Books, tmp_path: Path) -> Iterator[TestClient]:
     async def live() -> str:
         return "figures"
 
-    guard = Guard(app, ring=KeyRing(file=str(file)), desk=books)
+    guard = Guard(app, ring=KeyRing(file=str(file)), desk=books, gate=gate)
     with TestClient(guard, raise_server_exceptions=False) as made:
         yield made
 
@@ -238,3 +244,37 @@ def test_who_leaves_while_it_is_counted_keeps_no_place(books: Books, tmp_path: P
 def test_a_socket_is_not_opened(client: TestClient) -> None:
     with pytest.raises(WebSocketDisconnect), client.websocket_connect("/v1/who"):
         pass
+
+
+@pytest.mark.parametrize("name", ["X-Request-Timeout-Seconds", "x-request-disconnect-disabled"])
+def test_nobody_tells_serve_to_work_on_without_end(client: TestClient, name: str) -> None:
+    found = get(client, "/v1/who", "plain", **{name: "0"})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, name.lower())
+
+
+def test_a_server_that_stops_lives_and_sends_who_comes_elsewhere(
+    client: TestClient, gate: Gate
+) -> None:
+    asyncio.run(gate.close())
+    found = get(client, "/v1/who", "plain")
+    assert (found.status_code, found.json()["error"]["code"]) == (503, "stopping")
+    assert int(found.headers["retry-after"]) > 0
+    assert get(client, "/health/live", "figures").status_code == 200
+    assert get(client, "/health/ready", "figures").status_code == 503
+    assert get(client, "/v1/who").status_code == 401, "without a key nothing is told"
+
+
+def test_a_gate_is_closed_when_the_last_one_is_through() -> None:
+    async def body() -> None:
+        gate = Gate()
+        with gate.passing():
+            with gate.passing():
+                closing = asyncio.create_task(gate.close())
+                await asyncio.sleep(0)
+                with pytest.raises(ApiError, match="stopping"), gate.passing():
+                    pass
+            await asyncio.sleep(0)
+            assert not closing.done()
+        await closing
+
+    asyncio.run(body())

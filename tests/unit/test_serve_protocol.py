@@ -321,3 +321,17 @@ def test_the_name_of_who_speaks_is_taken() -> None:
 def test_an_unknown_kind_of_part_is_refused(model: ChatModel) -> None:
     part = {"type": "video_url", "video_url": {"url": "data:,"}}
     assert "image_url" in refused(model, user(part)).message
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", "1"])
+def test_a_small_body_that_would_be_large_in_memory_is_refused(value: str) -> None:
+    many = ",".join([value] * 150_000)
+    data = f'{{"model": "a", "messages": [], "metadata": [{many}]}}'.encode()
+    with pytest.raises(ApiError, match="more than 100,000 values"):
+        parse(data)
+
+
+def test_fields_that_change_nothing_are_not_kept() -> None:
+    messages = [{"role": "user", "content": "a", "name": "b"}]
+    body = parse(json.dumps({"model": "a", "messages": messages, "metadata": {"c": 1}}).encode())
+    assert (body.model_extra, body.messages[0].model_extra) == ({}, {})

@@ -146,3 +146,10 @@ def test_a_request_that_entered_before_the_books_were_lost_still_gives_its_rest_
     assert quotas.book("a", quota, 7, 600, now=NOON) is None
     quotas.leave("a", 7, 100, now=NOON)
     assert quotas.days()["a"][1] == 100
+
+
+def test_a_request_whose_end_overtakes_the_first_words_of_its_key_holds_no_place() -> None:
+    quotas, quota = books(), Quota(concurrency=1)
+    quotas.leave("a", ONE, 0, now=NOON)
+    assert isinstance(enter(quotas, "a", quota, ONE, now=NOON), Ticket)
+    assert isinstance(enter(quotas, "a", quota, 2, now=NOON), Ticket)

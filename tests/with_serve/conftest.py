@@ -23,7 +23,7 @@ from tests.waiting import free_port
 SILENT_S = 4
 # Now: a Ray of other tests, which starts before ours, may be used.
 _folder = private_folder()  # it goes when this process ends
-os.environ.update(settings(Path(_folder.name), host="127.0.0.1", silent_s=SILENT_S))
+os.environ.update(settings(Path(_folder.name), host="127.0.0.1", silent_s=SILENT_S, longest_s=120))
 KEY, LIMITED, READER = "sg4v-test-key", "sg4v-limited-key", "sg4v-metrics-key"
 CONFIG = """
 auth: {keys_file: KEYS_FILE}
