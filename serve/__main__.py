@@ -7,6 +7,7 @@ SIGINT (Ctrl-C) and SIGTERM end it: what was accepted is answered first, which t
 `limits.longest_s`, and new requests are refused. A second one ends it at once.
 """
 
+import asyncio
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 
 from serve.app import application
 from serve.config import ServeConfig, Tracing, read
@@ -65,15 +67,19 @@ def _set_up(folder: Path, config: ServeConfig) -> None:
 def _serve(app: Application, config: ServeConfig) -> None:
     try:
         _run(app, config)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            _drain(config.limits.longest_s)
+        threading.Event().wait()
     except KeyboardInterrupt:
-        _log.warning("Stopping at once.")
+        _drain(config.limits.longest_s)
     finally:
         for name in (API, page.PAGE):
-            serve.delete(name)
+            _delete(name)
+
+
+def _delete(name: str) -> None:
+    try:
+        serve.delete(name)
+    except TimeoutError as error:  # what was told to stop at once, or never ended
+        _log.error("%s; it ends with this process", error)
 
 
 def _drain(longest_s: float) -> None:
@@ -83,11 +89,26 @@ def _drain(longest_s: float) -> None:
         "Once more stops at once.",
         longest_s,
     )
-    ingress = serve.get_deployment_handle(INGRESS, API)
     try:
-        ingress.broadcast("drain").results(timeout_s=longest_s)
-    except (RayError, TimeoutError) as error:
+        if _has_begun():
+            asyncio.run(_drained(longest_s))
+    except (RayError, RayServeException, TimeoutError) as error:
         _log.error("Not all that was accepted is answered: %s", error)
+    except KeyboardInterrupt:
+        _log.warning("Stopping at once.")
+
+
+async def _drained(longest_s: float) -> None:
+    # Inside an event loop, without which `LEAN` lets nobody use a handle.
+    ingress = serve.get_deployment_handle(INGRESS, API)
+    await ingress.broadcast("drain").results_async(timeout_s=longest_s)
+
+
+def _has_begun() -> bool:
+    """Say whether an ingress runs; it answers before `serve.run` returns."""
+    app = serve.status().applications.get(API)
+    ingress = None if app is None else app.deployments.get(INGRESS)
+    return ingress is not None and ingress.replica_states.get("RUNNING", 0) > 0
 
 
 def _run(app: Application, config: ServeConfig) -> None:

@@ -220,7 +220,7 @@ def in_foreground(config: Path, root: Path, port: int) -> Iterator["subprocess.P
         try:
             url = f"http://127.0.0.1:{port}/health/ready"
             return httpx.get(url, timeout=30).status_code == 200
-        except httpx.ConnectError:
+        except httpx.TransportError:  # HAProxy starts anew for the first ingress
             return False
 
     try:
