@@ -65,25 +65,26 @@ def _set_up(folder: Path, config: ServeConfig) -> None:
 
 
 def _serve(app: Application, config: ServeConfig) -> None:
+    waits = True
     try:
         _run(app, config)
         threading.Event().wait()
     except KeyboardInterrupt:
-        _drain(config.limits.longest_s)
+        waits = _drain(config.limits.longest_s)
     finally:
         for name in (API, page.PAGE):
-            _delete(name)
+            _delete(name, waits=waits)
 
 
-def _delete(name: str) -> None:
+def _delete(name: str, *, waits: bool) -> None:
     try:
-        serve.delete(name)
-    except TimeoutError as error:  # what was told to stop at once, or never ended
-        _log.error("%s; it ends with this process", error)
+        serve.delete(name, _blocking=waits)
+    except TimeoutError as error:
+        _log.error("%s; a Ray of this machine ends with this process", error)
 
 
-def _drain(longest_s: float) -> None:
-    """Wait until every ingress has answered what it accepted."""
+def _drain(longest_s: float) -> bool:
+    """Wait until every ingress has answered what it accepted; False if told to stop at once."""
     _log.warning(
         "Stopping: accepted requests are answered, for %.0f s at most, new ones are refused. "
         "Once more stops at once.",
@@ -96,12 +97,17 @@ def _drain(longest_s: float) -> None:
         _log.error("Not all that was accepted is answered: %s", error)
     except KeyboardInterrupt:
         _log.warning("Stopping at once.")
+        return False
+    return True
 
 
 async def _drained(longest_s: float) -> None:
     # Inside an event loop, without which `LEAN` lets nobody use a handle.
     ingress = serve.get_deployment_handle(INGRESS, API)
-    await ingress.broadcast("drain").results_async(timeout_s=longest_s)
+    drained = ingress.broadcast("drain")
+    for found in await drained.results_async(timeout_s=longest_s, return_exceptions=True):
+        if isinstance(found, BaseException):  # the others go on answering
+            _log.error("An ingress ended before it had answered all: %s", found)
 
 
 def _has_begun() -> bool:

@@ -45,8 +45,11 @@ async def all_of(
     places = asyncio.Semaphore(at_once or len(asked))
 
     async def in_turn(one: Coroutine[Any, Any, Piece]) -> Piece:
-        async with places:
-            return await one
+        try:
+            async with places:
+                return await one
+        finally:
+            one.close()  # of one that never began
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -23,6 +23,7 @@ _EVERY_S: Final = 0.05
 _AT_LEAST_EVERY_S: Final = 1.0
 _FORGOTTEN: Final = "this page is not connected (any more); connect again"
 _GONE: Final = "the image is not kept any more; upload it again"
+_WAIT: Final = "an answer is on its way; wait for it, or stop it"
 _NOTHING: Final = "ask something, or attach an image"
 _CLEAR: Final = "; Clear begins a new conversation"
 _SAME: Final = gr.skip()
@@ -39,6 +40,8 @@ class PageLimits:
     max_images: int
     keep_s: int
     needs_key: bool
+    longest_s: float
+    """Of one run of captions; Serve ends whatever takes longer, without a word."""
 
 
 class Actions:
@@ -74,11 +77,17 @@ class Actions:
         if session is None or not (words or file):
             yield _SAME, _SAME, notice(_FORGOTTEN if session is None else _NOTHING)
             return
+        if session.answering is not None and not session.answering.done():
+            yield _SAME, _SAME, notice(_WAIT)
+            return
         try:
             image = await asyncio.to_thread(Path(file).read_bytes) if file else None
         except FileNotFoundError:
             yield _SAME, _SAME, notice(_GONE)
             return
+        if file:  # in the place of those that nobody answered about
+            for other in session.conversation:
+                other.image = other.image if other.answer else None
         one = Shown(words, image, file=file)
         session.conversation.append(one)
         yield talk(session.conversation), gr.update(value=None, **_BUSY), ""
@@ -166,10 +175,16 @@ class Actions:
     async def _captions(
         self, whom: Captioner, files: list[Path], done: list[tuple[Captioned, str | None]]
     ) -> None:
-        async with aclosing(whom.run(files)) as batches:
-            async for batch in batches:
-                small = await asyncio.to_thread(self._thumbnails, [one.file for one in batch])
-                done += zip(batch, small, strict=True)
+        try:
+            async with asyncio.timeout(self._limits.longest_s), aclosing(whom.run(files)) as runs:
+                async for batch in runs:
+                    small = await asyncio.to_thread(self._thumbnails, [one.file for one in batch])
+                    done += zip(batch, small, strict=True)
+        except TimeoutError:
+            raise Refused(
+                f"stopped after {self._limits.longest_s:.0f} s, as long as a page may wait; "
+                "caption the others again"
+            ) from None
 
     def _thumbnails(self, files: list[Path]) -> list[str | None]:
         return [

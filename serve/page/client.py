@@ -126,7 +126,13 @@ class ApiClient:
         """
         self._address = address.rstrip("/")
         # The environment's proxies are not for keys; redirects could lead them elsewhere.
-        http = httpx2.AsyncClient(trust_env=False, follow_redirects=False, transport=transport)
+        http = httpx2.AsyncClient(
+            trust_env=False,
+            follow_redirects=False,
+            transport=transport,
+            # The page's queue limits what is asked at once; who connects should not wait in ours.
+            limits=httpx2.Limits(max_connections=None),
+        )
         self._client = openai.AsyncOpenAI(
             base_url=f"{self._address}/v1",
             api_key=_NO_KEY,

@@ -21,8 +21,8 @@ from serve.page.door import Door
 from serve.page.sessions import Sessions
 from serve.page.style import CSS, HEAD, theme
 
-_GRACE_S: Final = 30.0
-"""The server's own deadline comes first."""
+_GRACE_S: Final = 10.0
+"""The server's own deadline comes before that of its client, and our words before either."""
 
 
 def web(config: ServeConfig, page: PageConfig, *, api: str, uploads: Path) -> ASGIApp:
@@ -44,8 +44,9 @@ def web(config: ServeConfig, page: PageConfig, *, api: str, uploads: Path) -> AS
         max_images=page.max_images,
         keep_s=page.keep_s,
         needs_key=not config.auth.anonymous,
+        longest_s=config.limits.longest_s - _GRACE_S,
     )
-    client = ApiClient(api, timeout_s=config.limits.timeout_s + _GRACE_S)
+    client = ApiClient(api, timeout_s=config.limits.longest_s + _GRACE_S)
     sessions = Sessions(page.max_sessions, keep_s=page.keep_s)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # the one way to tell Gradio
     shown = blocks(Actions(client, sessions, limits), limits)

@@ -63,7 +63,7 @@ class FetchConfig:
         if self.concurrency < 1:
             raise ConfigError(f"concurrency must be at least 1, got {self.concurrency}")
         for host in (*self.allow_hosts, *self.allow_private_hosts):
-            if host != "*" and not _HOST.fullmatch(host):
+            if host != "*" and not (_HOST.fullmatch(host) and _ascii(host)):
                 raise ConfigError(
                     "allow_hosts takes host names such as images.example.org, or .example.org for "
                     f"every host below it, got {host!r}"
@@ -276,8 +276,14 @@ def _on_list(host: str, allowed: tuple[str, ...]) -> bool:
 
 @functools.cache
 def _ascii(host: str) -> str:
-    """Return a configured host name as URLs have it: lower case, other alphabets as xn--..."""
+    """Return a configured host name as URLs have it: lower case, other alphabets as xn--...
+
+    Empty if there is no such name.
+    """
     if host.isascii():
         return host.lower()
     dot = "." if host.startswith(".") else ""
-    return dot + httpx.URL(f"http://{host.removeprefix('.')}/").raw_host.decode("ascii")
+    try:
+        return dot + httpx.URL(f"http://{host.removeprefix('.')}/").raw_host.decode("ascii")
+    except httpx.InvalidURL:
+        return ""

@@ -166,8 +166,9 @@ def _is_cut(data: bytes, name: str) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    layers = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    if not layers and not image.mode.startswith("I"):
+    is_grey = image.mode.startswith("I")  # Pillow would clip it, transparent or not
+    layers = not is_grey and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info)
+    if not layers and not is_grey:
         return image if image.mode == "RGB" else image.convert("RGB")
     # In strips: on the way each pixel takes several times what it takes in the end.
     found, rows = Image.new("RGB", image.size), max(1, _STRIP_PIXELS // image.width)

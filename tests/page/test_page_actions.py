@@ -3,6 +3,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ LIMITS_OF_PAGE = PageLimits(
     max_images=2,
     keep_s=60,
     needs_key=True,
+    longest_s=5.0,
 )
 
 
@@ -30,12 +32,14 @@ class Server(ApiClient):
 
     def __init__(self, *script: Spoken | Refused | None) -> None:
         self.script, self.asked, self.is_open = script, 0, False
+        self.images: list[bytes] = []
 
     async def models(self, key: str) -> list[str]:
         return ["captioner", "chat"]
 
     async def chat(self, key: str, **how: Any) -> AsyncGenerator[Spoken, None]:
         self.asked, self.is_open = len(how["exchanges"]), True
+        self.images = [one.image for one in how["exchanges"] if one.image is not None]
         try:
             for one in self.script:
                 if isinstance(one, Refused):
@@ -47,13 +51,16 @@ class Server(ApiClient):
         finally:
             self.is_open = False
 
+    async def captions(self, *_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+
 
 def asker(session_hash: str = "page") -> Any:
     return SimpleNamespace(session_hash=session_hash, cookies={COOKIE: "friend"})
 
 
-def actions_over(server: Server) -> Actions:
-    return Actions(server, Sessions(5, keep_s=60), LIMITS_OF_PAGE)
+def actions_over(server: Server, limits: PageLimits = LIMITS_OF_PAGE) -> Actions:
+    return Actions(server, Sessions(5, keep_s=60), limits)
 
 
 def question(text: str = "What is it?", *files: str) -> dict[str, Any]:
@@ -64,8 +71,8 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(coroutine, 10))
 
 
-async def connected(server: Server) -> Actions:
-    actions = actions_over(server)
+async def connected(server: Server, limits: PageLimits = LIMITS_OF_PAGE) -> Actions:
+    actions = actions_over(server, limits)
     await actions.connect("key", asker())
     return actions
 
@@ -105,6 +112,39 @@ def test_stop_ends_what_says_nothing_and_the_question_goes_with_the_next() -> No
     assert 'class="note">stopped' in first[0]
     assert "3 tokens" in second[0]
     assert server.asked == 2
+
+
+def test_a_new_image_takes_the_place_of_one_that_nobody_answered_about(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).write_bytes(name.encode())
+
+    async def stop() -> Server:
+        server = Server(None)
+        actions = await connected(server)
+        asking = asyncio.create_task(asked(actions, question("A", str(tmp_path / "first"))))
+        while not server.is_open:
+            await asyncio.sleep(0)
+        (told,) = await asked(actions, question("B"))
+        assert "wait for it, or stop it" in told[2]
+        actions.stop(asker())
+        await asking
+        server.script = (Spoken("a circle"), Spoken("", 3, "stop"))
+        await asked(actions, question("B", str(tmp_path / "second")))
+        return server
+
+    server = run(stop())
+    assert (server.asked, server.images) == (2, [b"second"])
+
+
+def test_a_run_of_captions_ends_in_words_before_serve_ends_it(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+
+    async def wait() -> Any:
+        actions = await connected(Server(), replace(LIMITS_OF_PAGE, longest_s=0.1))
+        frames = actions.caption([str(tmp_path / "a")], None, None, "key", asker())
+        return [one async for one in frames][-1]
+
+    assert "caption the others again" in run(wait())[1]
 
 
 def test_clear_ends_an_answer_and_forgets_all() -> None:

@@ -186,6 +186,25 @@ def test_a_server_that_stops_answers_what_waits_in_a_queue_and_what_takes_long(
         assert "Traceback" not in said, said
 
 
+def test_a_second_signal_ends_a_server_at_once(tmp_path: Path, tiny_model: Path) -> None:
+    commit_model(tmp_path / "root", Ref(name="vlm", version="v1"), tiny_model)
+    port, engine = free_port(), {**MODEL["engine"], "latency_s": 5.0}
+    url = f"http://127.0.0.1:{port}"
+    config = config_file(tmp_path, port, engine=engine)
+    with in_foreground(config, tmp_path / "root", port) as server:
+        asked = http.client.HTTPConnection("127.0.0.1", port, timeout=200)
+        headers = {"content-type": "application/json"}
+        asked.request("POST", CHAT, json.dumps(ask("Say")), headers)  # five minutes of answer
+        assert httpx.get(f"{url}/v1/models").status_code == 200  # it came after it
+        server.send_signal(signal.SIGTERM)
+        eventually(lambda: httpx.get(f"{url}/v1/models").status_code == 503, within_s=20)
+        server.send_signal(signal.SIGTERM)
+        _, said = server.communicate(timeout=30)
+        assert "Stopping at once" in said
+        assert server.returncode == 0
+        assert "Traceback" not in said, said
+
+
 def test_a_server_whose_model_is_damaged_says_so_and_ends(tmp_path: Path, tiny_model: Path) -> None:
     commit_model(tmp_path / "root", Ref(name="vlm", version="v1"), tiny_model)
     with (tmp_path / "root/vlm/v1/model/tokenizer.json").open("a") as damaged:

@@ -197,7 +197,18 @@ def test_public_addresses(address: str, public: bool) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["https://a.org", "a.org:80", "a.org/path", "*.a.org", "a.org.", "", ".", "a b.org", "x@a.org"],
+    [
+        "https://a.org",
+        "a.org:80",
+        "a.org/path",
+        "*.a.org",
+        "a.org.",
+        "",
+        ".",
+        "a b.org",
+        "x@a.org",
+        "bü_cher.org",
+    ],
 )
 def test_a_host_is_a_name_and_nothing_else(host: str) -> None:
     with pytest.raises(ConfigError, match="host names"):

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an untrusted image becomes: upright RGB, or a row with a precise reason."""
 
+import resource
 import struct
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -137,6 +140,13 @@ def test_16_bit_grey_is_scaled_not_clipped() -> None:
     assert np.abs(np.asarray(image)[0, :, 0] - np.linspace(0, 255, 64)).max() <= 1
 
 
+def test_16_bit_grey_with_a_transparent_value_is_scaled_too() -> None:
+    grey = Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16))
+    image = open_image(encoded(grey, "PNG", transparency=7), LIMITS)
+    assert isinstance(image, Image.Image)
+    assert image.getpixel((1, 1)) == (117, 117, 117)
+
+
 def test_palette_keeps_its_colours() -> None:
     data = encoded(Image.new("RGB", (8, 8), (10, 200, 90)).quantize(4), "PNG")
     image = open_image(data, LIMITS)
@@ -173,6 +183,19 @@ def test_what_is_converted_in_strips_is_the_same_image(
     strips = open_image(encoded(made, "PNG"), LIMITS)
     assert isinstance(whole, Image.Image) and isinstance(strips, Image.Image)
     assert strips.tobytes() == whole.tobytes()
+
+
+def _grown_mb(data: bytes) -> float:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert isinstance(open_image(data, LIMITS), Image.Image)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
+def test_of_a_large_image_no_more_is_held_than_itself_and_what_comes_of_it(mode: str) -> None:
+    data = encoded(Image.new(mode, (5_000, 4_000)), "PNG")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        assert fresh.submit(_grown_mb, data).result() < 1.3 * 2 * 4 * 20
 
 
 @pytest.mark.parametrize("limits", [{"max_bytes": 0}, {"max_pixels": 0}, {"max_pixels": 2 * 10**8}])
