@@ -9,7 +9,7 @@ CPUS := --where.engine-threads 2
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo clean-demo test compat check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-teacher show-training show-serving package lock
+.PHONY: help install demo clean-demo test test-fast compat check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-teacher show-training show-serving package lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,9 @@ tests/compat/node_modules/installed: tests/compat/package-lock.json tests/compat
 	@command -v npm >/dev/null || { echo "error: make compat needs Node 20 or newer, with npm"; exit 1; }
 	npm --prefix tests/compat ci --ignore-scripts
 	touch $@
+
+test-fast: .venv/installed  ## the unit tests (below 4 minutes on 2 cores); ORDER=--random-order shuffles them
+	$(RUN) pytest tests/unit $(ORDER)
 
 compat: .venv/installed .venv-compat/installed tests/compat/node_modules/installed  ## public clients of OpenAI's API against a live server (about 2 minutes)
 	$(RUN) pytest -m compat tests/compat
