@@ -24,7 +24,7 @@ from sg4v_ray.captions.teacher import (
     Reply,
     Teacher,
     TurnedAway,
-    answer_key,
+    answer_keys,
 )
 from sg4v_ray.core.errors import (
     ConfigError,
@@ -88,13 +88,22 @@ class Desk:
         self._ends = asyncio.Event()
 
     def key(self, ask: Ask) -> str:
-        """Return under which key an answer is kept."""
-        return answer_key(
+        """Return the ledger key under which a new answer is stored."""
+        return self.keys(ask)[0]
+
+    def keys(self, ask: Ask) -> tuple[str, ...]:
+        """Return the ledger keys of an ask: the present one, then those of earlier releases."""
+        return answer_keys(
             self._teacher.config,
             prompt_sha256=ask.prompt.sha256,
             image_sha256=ask.image_sha256,
             attempt=ask.attempt,
         )
+
+    def known(self, keys: tuple[str, ...]) -> Paid | None:
+        """Return the stored answer under one of the keys of an ask."""
+        answers = self.ledger.answers
+        return next((answers[one] for one in keys if one in answers), None)
 
     async def ask(self, ask: Ask) -> Paid | Reply:
         """Return the answer to an ask: the one that is stored, or a new one.
@@ -108,11 +117,12 @@ class Desk:
             ConfigError: a batch of another collection asks the same.
             LeaseLost: another job writes the ledger.
         """
-        key = self.key(ask)
-        if (known := self.ledger.answers.get(key)) is not None:
+        keys = self.keys(ask)
+        if (known := self.known(keys)) is not None:
             self.counts.known += 1
             return known
-        self.refuse_what_others_ask(key, ask.row)
+        self.refuse_what_others_ask(keys, ask.row)
+        key = keys[0]
         task = self._asking.get(key)
         if task is None:
             task = asyncio.create_task(self._ask_until_answered(ask, key))
@@ -120,9 +130,10 @@ class Desk:
             task.add_done_callback(lambda done: self._forget(key, done))
         return await asyncio.shield(task)
 
-    def refuse_what_others_ask(self, key: str, row: str) -> None:
+    def refuse_what_others_ask(self, keys: tuple[str, ...], row: str) -> None:
         """Raise ConfigError if a batch of another collection asks the same, or both are paid."""
-        if (job := self._others.get(key)) is not None:
+        job = next((self._others[one] for one in keys if one in self._others), None)
+        if job is not None:
             raise ConfigError(
                 f"{row} is asked the same in a batch of {job} that has not ended; finish that "
                 f"collection first (the same command with its --out), then this one finds its "

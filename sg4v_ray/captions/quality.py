@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.images import Rejected
 from sg4v_ray.core.rejects import Reject
 
@@ -46,6 +47,13 @@ _WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400
 """A run of characters without white space, or one character of Chinese or Japanese."""
 
 
+@identity_keys(
+    "QualityConfig",
+    min_words="min_words",
+    max_phrase_repeats="max_phrase_repeats",
+    max_word_run="max_word_run",
+    language="language",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityConfig:
     """Bounds of an acceptable caption."""

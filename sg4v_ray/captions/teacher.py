@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from sg4v_ray.core.config import fingerprint
 from sg4v_ray.core.errors import ConfigError, TeacherUnusable
+from sg4v_ray.core.identity import identity_form, identity_keys
 from sg4v_ray.core.price import Detail, PriceTable
 from sg4v_ray.core.rate import Limits
 from sg4v_ray.core.rejects import Reject
@@ -46,6 +47,9 @@ _LONGEST_DETAIL: Final = 2000
 """Characters that are kept of what a provider says of an error."""
 
 
+@identity_keys(
+    "ImageSent", format="format", max_side="max_side", quality="quality", detail="detail"
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageSent:
     """How an image is sent."""
@@ -66,6 +70,13 @@ class ImageSent:
             )
 
 
+@identity_keys(
+    "TeacherConfig",
+    model="model",
+    max_tokens="max_tokens",
+    temperature="temperature",
+    image="image",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
     """Which teacher is asked, and how. Part of identity."""
@@ -182,24 +193,62 @@ class AnswerLost(Exception):
 def answer_key(
     config: TeacherConfig, *, prompt_sha256: str, image_sha256: str, attempt: int
 ) -> str:
-    """Return what makes an answer the same: model, prompt, image, parameters.
+    """Return the ledger key under which a new answer is stored; see `answer_keys`."""
+    return answer_keys(
+        config, prompt_sha256=prompt_sha256, image_sha256=image_sha256, attempt=attempt
+    )[0]
+
+
+def answer_keys(
+    config: TeacherConfig, *, prompt_sha256: str, image_sha256: str, attempt: int
+) -> tuple[str, ...]:
+    """Return the ledger keys of an answer: the present one, then those of earlier releases.
+
+    A key is a hash of model, parameters, prompt and image.
 
     Args:
-        attempt: 1, or the number of a retry of rejects, which wants another answer.
+        attempt: 1, or the number of a retry of rejects, which needs another answer.
     """
-    return fingerprint(
-        {
-            "config": asdict(config),
-            "prompt": prompt_sha256,
-            "image": image_sha256,
-            **({"attempt": attempt} if attempt > 1 else {}),
-        }
-    )
+    asked = {"prompt": prompt_sha256, "image": image_sha256}
+    again = {"attempt": attempt} if attempt > 1 else {}
+    return tuple(fingerprint({"config": one, **asked, **again}) for one in _forms(config))
 
 
 def asked_key(config: TeacherConfig, prompt_sha256: str) -> str:
-    """Return what makes two questions the same: model, prompt, parameters."""
-    return fingerprint({"config": asdict(config), "prompt": prompt_sha256})
+    """Return the key that is noted of a question; see `asked_keys`."""
+    return asked_keys(config, prompt_sha256)[0]
+
+
+def asked_keys(config: TeacherConfig, prompt_sha256: str) -> tuple[str, ...]:
+    """Return the keys of a question: the present one, then those of earlier releases.
+
+    A key is a hash of model, parameters and prompt.
+    """
+    return tuple(fingerprint({"config": one, "prompt": prompt_sha256}) for one in _forms(config))
+
+
+def _forms(config: TeacherConfig) -> list[dict[str, Any]]:
+    """Return the forms in which a config is hashed: the present one, then those of releases.
+
+    Version 0.1.0 hashed the fields below, defaults included, without class names. A config with
+    another value in a later field has no form of 0.1.0.
+    """
+    image = config.image
+    sent = {
+        "format": image.format,
+        "max_side": image.max_side,
+        "quality": image.quality,
+        "detail": image.detail,
+    }
+    released = {
+        "model": config.model,
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
+        "image": sent,
+    }
+    form = identity_form(config)
+    later = (form.keys() - released.keys()) | (form.get("image", {}).keys() - sent.keys())
+    return [form] if later - {"type"} else [form, released]
 
 
 def body_of(config: TeacherConfig, prompt: str, image: bytes) -> dict[str, Any]:

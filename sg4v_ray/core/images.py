@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.rejects import Reject
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -63,6 +64,7 @@ _DECODE_ERRORS = (
 )
 
 
+@identity_keys("ImageLimits", max_bytes="max_bytes", max_pixels="max_pixels")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLimits:
     """What is refused before any decoding."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.identity import identity_keys
 
 
 def digest(key: str, seed: int, purpose: str) -> bytes:
@@ -28,6 +29,7 @@ def sample(keys: Iterable[str], count: int, seed: int, purpose: str) -> list[str
     return heapq.nsmallest(count, keys, key=lambda key: (draw(key, seed, purpose), key))
 
 
+@identity_keys("HoldOut", per_source="per_source", seed="seed")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HoldOut:
     """Rows that people read and nothing is trained on: so many of each source, by seed."""

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import CaptionRow, Question, Sample, Turn, schema, to_table
 from sg4v_ray.core.rows import read_rows
@@ -39,6 +40,13 @@ HELD_OUT = "held_out"
 _ROWS_PER_BATCH = 10_000
 
 
+@identity_keys(
+    "CaptionsPart",
+    captions="captions",
+    only_words="only_words",
+    filter="filter",
+    hold_out="hold_out",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionsPart:
     """Captions as conversations: a short question and the caption."""
@@ -53,6 +61,7 @@ class CaptionsPart:
     """What is kept for people to read (`jobs.review_captions`) and not trained on."""
 
 
+@identity_keys("QuestionsPart", questions="questions")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuestionsPart:
     """Questions as conversations: all questions about an image in one, in seeded order."""
@@ -63,6 +72,7 @@ class QuestionsPart:
 Part: TypeAlias = CaptionsPart | QuestionsPart | JsonPart | MixPart
 
 
+@identity_keys("BuildConfig", parts="parts", seed="seed")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildConfig:
     """What a dataset is made of."""
@@ -94,12 +104,14 @@ def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
     home = begin(storage, out, config, inputs=inputs, anew=True)
     counts: Counter[str] = Counter()
     with hold(home) as lease, tempfile.TemporaryDirectory() as folder:
+        if is_finished(storage, out, config=config, inputs=inputs):  # since the first check
+            return find(storage, out)
         _write(Path(folder) / SAMPLES, _samples(where, config, counts))
         if not counts["samples"]:
             raise ContractError(
                 f"{out} would be empty: every row of {', '.join(inputs)} is rejected"
             )
-        (Path(folder) / CARD).write_text(card(str(out), inputs, counts))
+        (Path(folder) / CARD).write_text(card(str(out), inputs, counts), encoding="utf-8")
         digests = home.upload(Path(folder), "")
         return commit(
             storage,

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.json_array import Element
 from sg4v_ray.core.sampling import digest
 from sg4v_ray.dataset.layout import SOURCES, source_of
 
 
+@identity_keys("MixShare", name_in_0_1="Share", source="source", captions="captions")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
     """How many captions of one source come in."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sg4v_ray.core.artifact import Ref, find
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.json_array import Element
 from sg4v_ray.core.llava_file import check_place, digest_at, records_at
 from sg4v_ray.core.llava_json import turns_of
@@ -14,6 +15,7 @@ from sg4v_ray.core.storage import Storage
 from sg4v_ray.dataset.layout import source_of
 
 
+@identity_keys("JsonPart", json="json", images="images")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JsonPart:
     """The conversations of a LLaVA JSON as they stand there."""
@@ -28,6 +30,7 @@ class JsonPart:
         check_place(f"{self.images.rstrip('/')}/")
 
 
+@identity_keys("MixPart", mix="mix", images="images")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixPart:
     """The conversations of a finished mix (`jobs.mix_dataset`)."""

@@ -6,6 +6,7 @@ from typing import Final
 
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.records import ScoreRow
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.storage import Storage
@@ -14,6 +15,14 @@ from sg4v_ray.dataset.near import MAX_DISTANCE, as_numbers, near_pairs
 _MOST_SCORE: Final = 2.5
 
 
+@identity_keys(
+    "CaptionFilter",
+    scores="scores",
+    min_clip_score="min_clip_score",
+    min_worst_clip_score="min_worst_clip_score",
+    max_duplicate_bits="max_duplicate_bits",
+    max_contamination_bits="max_contamination_bits",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionFilter:
     """Thresholds over finished scores; what is None removes nothing."""

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.json_array import Element
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.llava_file import check_place, digest_at, records_at
@@ -54,6 +55,18 @@ The name says 9K, 3K, 9K and 2K diverse ones. Of the diverse sources the 100K ca
 that the two others are of LCS is ours, so that the mix has the published 665,058 records."""
 
 
+@identity_keys(
+    "MixConfig",
+    sft="sft",
+    captions="captions",
+    seed="seed",
+    take="take",
+    details="details",
+    expect_removed="expect_removed",
+    allow_missing="allow_missing",
+    coco_folder="coco_folder",
+    file="file",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixConfig:
     """What is replaced by what."""
@@ -123,6 +136,8 @@ def run(config: MixConfig, *, out: Ref, where: Where) -> Manifest:
         return find(storage, out)
     home = begin(storage, out, config, inputs=inputs, anew=True)
     with hold(home) as lease, tempfile.TemporaryDirectory() as folder:
+        if is_finished(storage, out, config=config, inputs=inputs):  # since the first check
+            return find(storage, out)
         figures = _write(config, Path(folder), title=str(out), inputs=inputs, show=show)
         digests = home.upload(Path(folder), "")
         counts = {key: figures["all"][key] for key in ("after", "removed", "added")}

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.identity import identity_keys
 
 
+@identity_keys("ClipConfig", model="model", weights="weights")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipConfig:
     """Which CLIP model scores."""

@@ -14,12 +14,22 @@ import numpy as np
 import numpy.typing as npt
 
 from sg4v_ray.core.errors import ConfigError, EngineError, ImageTokenMismatch
+from sg4v_ray.core.identity import identity_keys
 
 FinishReason = Literal["stop", "length"]
 Pixels = npt.NDArray[np.uint8]
 """(S, S, 3) uint8 RGB: the exact square that the model sees, from `model.geometry`."""
 
 
+@identity_keys(
+    "Generation",
+    max_tokens="max_tokens",
+    temperature="temperature",
+    top_p="top_p",
+    repetition_penalty="repetition_penalty",
+    num_beams="num_beams",
+    seed="seed",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
     """How to decode. Part of an artifact's identity."""

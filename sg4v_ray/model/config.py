@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.model.geometry import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
@@ -19,6 +20,30 @@ EOS_TOKEN_ID: Final = 2
 """Llama's ids, which every tokenizer of ours keeps."""
 
 
+@identity_keys(
+    "ModelConfig",
+    name="name",
+    image_size="image_size",
+    patch_size="patch_size",
+    vision_width="vision_width",
+    vision_mlp="vision_mlp",
+    vision_layers="vision_layers",
+    vision_heads="vision_heads",
+    text_width="text_width",
+    text_mlp="text_mlp",
+    text_layers="text_layers",
+    text_heads="text_heads",
+    text_kv_heads="text_kv_heads",
+    vocab_size="vocab_size",
+    max_positions="max_positions",
+    image_token_id="image_token_id",  # noqa: S106
+    pad_token_id="pad_token_id",  # noqa: S106
+    image_mean="image_mean",
+    image_std="image_std",
+    init_std="init_std",
+    feature_layer="feature_layer",
+    vision_act="vision_act",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Every number that decides the shapes of a model."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.identity import identity_keys
 
 if TYPE_CHECKING:  # recipes hold plans and must not import torch
     from transformers import LlavaForConditionalGeneration
@@ -18,6 +19,13 @@ _TOWER: Final = "model.vision_tower."
 _BLOCKS: Final = "model.vision_tower.encoder.layers."
 
 
+@identity_keys(
+    "FreezePlan",
+    projector="projector",
+    language_model="language_model",
+    vision_from_block="vision_from_block",
+    vision_embeddings="vision_embeddings",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FreezePlan:
     """The parts that train; all others are frozen."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from sg4v_ray.core.errors import ConfigError, WeightsError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.storage import sha256_of
 from sg4v_ray.model import convert, open_clip, published, weights
 from sg4v_ray.model.config import ModelConfig
@@ -34,6 +35,15 @@ _READ: Final = (".json", ".safetensors", ".bin")
 _AGAIN: Final = "Download the folder again, or give one of the model that config.json describes."
 
 
+@identity_keys(
+    "ImportConfig",
+    kind="kind",
+    template="template",
+    geometry="geometry",
+    dtype="dtype",
+    feature_layer="feature_layer",
+    seed="seed",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportConfig:
     """How a source is understood. Part of identity."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.sources import listing
@@ -47,6 +48,7 @@ CATALOGUE: Final[dict[PaperSourceName, Entry]] = {
 }
 
 
+@identity_keys("PaperImages", name="name", data_root="data_root")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaperImages:
     """One source of the paper, laid out as the published captions name it.

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from io import BytesIO
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.sources import shapes
 
 
+@identity_keys("DrawnShapes", num_images="num_images", seed="seed", name="name")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawnShapes:
     """`num_images` drawn images; equal seeds draw equal images on every machine."""

@@ -12,6 +12,7 @@ from typing import Literal
 import easy_vqa
 
 from sg4v_ray.core.errors import ContractError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.records import ImageRow, Question
 from sg4v_ray.core.storage import Storage
 
@@ -22,6 +23,7 @@ def _image_id(split: Split, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
+@identity_keys("EasyVqaImages", split="split", name="name")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EasyVqaImages:
     """The images of one split, copied below the artifact so that every node can read them."""
@@ -44,6 +46,7 @@ class EasyVqaImages:
             )
 
 
+@identity_keys("EasyVqaQuestions", split="split", name="name")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EasyVqaQuestions:
     """The questions of one split."""

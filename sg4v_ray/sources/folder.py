@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.sources import listing
@@ -20,6 +21,7 @@ SUFFIXES = frozenset(
 name instead of being passed over in silence."""
 
 
+@identity_keys("Folder", path="path", name="name")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Folder:
     """Every image file below a folder or bucket prefix. The id is the path relative to it."""
@@ -41,6 +43,7 @@ class Folder:
         yield from image_rows(listing.below(self.path.rstrip("/")), self.name)
 
 
+@identity_keys("Glob", pattern="pattern", name="name")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Glob:
     """The image files that a pattern names. The id is the path below its fixed part."""

@@ -14,8 +14,10 @@ from typing import Any, Protocol, TypeAlias
 
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import ImageRow, Question
+from sg4v_ray.core.row_files import ROWS_PER_INDEX_FILE, RowFile
 from sg4v_ray.core.rows import ROWS, put_rows, read_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
@@ -29,7 +31,6 @@ from sg4v_ray.sources.tars import Tars
 from sg4v_ray.sources.urls import UrlList
 
 _log = logging.getLogger(__name__)
-_ROWS_PER_FILE = 50_000
 
 
 class ImageSource(Protocol):
@@ -55,6 +56,7 @@ Source: TypeAlias = (
 )
 
 
+@identity_keys("IndexConfig", sources="sources", allow_incomplete="allow_incomplete")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexConfig:
     """Where the images of an index come from."""
@@ -70,6 +72,7 @@ class IndexConfig:
             raise ConfigError(f"an index needs sources of different names, got {names}")
 
 
+@identity_keys("QuestionsConfig", source="source")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuestionsConfig:
     """Where the questions of an evaluation or fine-tuning set come from."""
@@ -93,8 +96,8 @@ def run(config: IndexConfig, *, out: Ref, where: Where) -> Manifest:
             yield from _counted(rows, source, completeness)
         _check_complete(completeness, allow_incomplete=config.allow_incomplete)
 
-    facts = {"completeness": completeness}
-    return _write(ImageRow, read, config, inputs={}, out=out, where=where, facts=facts)
+    metrics = {"completeness": completeness}
+    return _write(ImageRow, read, config, inputs={}, out=out, where=where, metrics=metrics)
 
 
 def _counted(
@@ -150,18 +153,22 @@ def _write(
     inputs: dict[str, str],
     out: Ref,
     where: Where,
-    facts: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
 ) -> Manifest:
     storage = where.storage
     if is_finished(storage, out, config=config, inputs=inputs):
         return find(storage, out)
     home = begin(storage, out, config, inputs=inputs, anew=True)
     with hold(home) as lease:
-        home.delete(ROWS)
+        if is_finished(storage, out, config=config, inputs=inputs):  # since the first check
+            return find(storage, out)
+        # A folder of this writer alone: an overtaken writer overwrites no file of its successor.
+        folder = f"{ROWS}/{lease.token}"
+        files: list[RowFile] = []
         seen: dict[str, str] = {}
         counts: Counter[str] = Counter()
         for number, rows in enumerate(_pieces(_unique(read(home), seen))):
-            put_rows(home, f"{ROWS}/part-{number:05d}.parquet", record, rows)
+            files.append(put_rows(home, f"{folder}/part-{number:05d}.parquet", record, rows))
             for row in rows:
                 counts[getattr(row, "source", "questions")] += 1
         _log.info("%s: %s", out, ", ".join(f"{count} {name}" for name, count in counts.items()))
@@ -171,8 +178,9 @@ def _write(
             config=config,
             inputs=inputs,
             counts={"rows": len(seen), **counts},
-            attempts=(ROWS,),
-            facts=facts,
+            attempts=(folder,),
+            files=tuple(files),
+            metrics=metrics,
             lease=lease,
         )
 
@@ -201,7 +209,7 @@ def _pieces(rows: Iterable[Any]) -> Iterator[list[Any]]:
     piece: list[Any] = []
     for row in rows:
         piece.append(row)
-        if len(piece) == _ROWS_PER_FILE:
+        if len(piece) == ROWS_PER_INDEX_FILE:
             yield piece
             piece = []
     if piece:

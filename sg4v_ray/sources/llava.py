@@ -8,12 +8,14 @@ those who repeated ShareGPT4V found out in the middle of training.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.llava_file import records_at
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.sources import listing
 
 
+@identity_keys("LlavaImages", json="json", images="images", name="name")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlavaImages:
     """Every image of a LLaVA JSON, once each. The id is the path that the JSON gives."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.image_bytes import open_file
 from sg4v_ray.core.location import Cell
 from sg4v_ray.core.records import ImageRow
@@ -24,6 +25,14 @@ MAX_GROUP_BYTES = 2**30
 """A worker holds a whole row group of the image column, so larger ones are refused."""
 
 
+@identity_keys(
+    "ParquetImages",
+    files="files",
+    image_column="image_column",
+    id_column="id_column",
+    prefixes="prefixes",
+    name="name",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParquetImages:
     """Every row of some Parquet files."""
@@ -83,6 +92,9 @@ class ParquetImages:
             yield ImageRow(id=key, source=self.name, uri=uri or "", size_bytes=0)
 
 
+@identity_keys(
+    "HfDataset", path="path", image_column="image_column", id_column="id_column", name="name"
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfDataset:
     """A data set that `datasets.save_to_disk` wrote: Arrow streams and a `state.json`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from sg4v_ray.core.errors import ContractError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.image_bytes import open_file
 from sg4v_ray.core.location import Span
 from sg4v_ray.core.records import ImageRow
@@ -19,6 +20,7 @@ from sg4v_ray.sources import listing
 from sg4v_ray.sources.folder import SUFFIXES
 
 
+@identity_keys("Tars", shards="shards", name="name")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tars:
     """Every image of some tar archives. The id is `shard/member`, both without their suffix."""

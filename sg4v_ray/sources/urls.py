@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sg4v_ray.core.errors import ContractError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.image_bytes import open_file
 from sg4v_ray.core.records import ImageRow
 from sg4v_ray.core.storage import Storage
@@ -15,6 +16,7 @@ from sg4v_ray.sources import listing
 _log = logging.getLogger(__name__)
 
 
+@identity_keys("UrlList", path="path", prefixes="prefixes", name="name")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UrlList:
     """One image a line: `URL`, or `id<TAB>URL`. Empty lines and `#` lines are skipped."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.model.config import ModelConfig
@@ -26,6 +27,40 @@ run that ran out of memory goes on with others."""
 StageKind = Literal["align", "captioner", "pretrain", "finetune"]
 
 
+@identity_keys(
+    "StageConfig",
+    excluded=("budget", *PLACED),
+    kind="kind",
+    template="template",
+    geometry="geometry",
+    trainable="trainable",
+    learning_rate="learning_rate",
+    global_batch="global_batch",
+    micro_batch="micro_batch",
+    length_window="length_window",
+    micro_tokens="micro_tokens",
+    epochs="epochs",
+    max_steps="max_steps",
+    warmup_ratio="warmup_ratio",
+    vision_layer_decay="vision_layer_decay",
+    weight_decay="weight_decay",
+    betas="betas",
+    epsilon="epsilon",
+    clip_norm="clip_norm",
+    spike_factor="spike_factor",
+    rollback_after_skips="rollback_after_skips",
+    max_length="max_length",
+    dtype="dtype",
+    export_dtype="export_dtype",
+    zero_stage="zero_stage",
+    gradient_checkpointing="gradient_checkpointing",
+    save_every_steps="save_every_steps",
+    held_out_every_steps="held_out_every_steps",
+    export_checkpoint="export_checkpoint",
+    seed="seed",
+    image_limits="image_limits",
+    budget="budget",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
     """One training stage.
@@ -140,6 +175,13 @@ class StageConfig:
                 raise ConfigError(f"{name} must be above 0, got {value}")
 
 
+@identity_keys(
+    "Fresh",
+    excluded=("tokenizer_file",),
+    model="model",
+    tokenizer_file="tokenizer_file",
+    seed="seed",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fresh:
     """A model with random weights, for the nano, where nothing is pretrained."""
