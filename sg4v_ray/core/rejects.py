@@ -13,7 +13,7 @@ _MOST_OF_THEM: Final = 0.5
 _WORTH_ENDING: Final = 1000
 """With fewer rows left a job goes on: written, they say more than a job that was cut short."""
 _NAMED: Final = 5
-_UNDER_WAY: Final = ", rows of unfinished blocks are"
+_UNDER_WAY: Final = ", rows of uncommitted parts are"
 
 
 class Reject(StrEnum):
@@ -46,6 +46,7 @@ class Reject(StrEnum):
     BAD_REQUEST = "bad_request"
     NO_ANSWER = "no_answer"
     CRASHES_ENGINE = "crashes_engine"
+    ENGINE_ERROR = "engine_error"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,74 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of artifacts as Parquet: written in pieces, read as one row an id."""
+"""Rows of finished artifacts, read from the files that their manifests list."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from sg4v_ray.core.artifact import Ref, find
+from sg4v_ray.core.artifact import Manifest, Ref, find
+from sg4v_ray.core.errors import ArtifactCorrupt
 from sg4v_ray.core.records import from_table, schema, to_table
+from sg4v_ray.core.row_files import RowFile, RowIndex, hash_ids, put_table, read_table, read_tables
 from sg4v_ray.core.storage import Storage
 
 ROWS = "rows"
 """The folder of an artifact that holds its rows, or its attempts at them."""
 
 
-def put_rows(folder: Storage, name: str, record: type, rows: Iterable[Any]) -> None:
-    """Write records of one class as the Parquet file `name`."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(to_table(record, rows), sink)
-    folder.put(name, sink.getvalue().to_pybytes())
+def put_rows(folder: Storage, path: str, record: type, rows: Iterable[Any]) -> RowFile:
+    """Write records of one class as the Parquet file `path`."""
+    return put_table(folder, path, to_table(record, rows))
 
 
-def read_columns(folder: Storage, columns: list[str] | None) -> pa.Table:
-    """Read some (None: all) columns of the Parquet files of a folder; no file gives no rows."""
-    filesystem, path = folder.arrow()
-    files = [f"{path}/{name}" for name in folder.list() if name.endswith(".parquet")]
-    tables = [pq.read_table(file, columns=columns, filesystem=filesystem) for file in files]
-    if not tables:
-        return pa.table({name: pa.array([], pa.string()) for name in columns or ()})
+def row_files(artifact_dir: Storage, manifest: Manifest) -> tuple[RowFile, ...]:
+    """Return the row files of an artifact, attempt by attempt.
+
+    Raises:
+        ArtifactCorrupt: the manifest has format 1, which lists no files, and its row folder has
+            another number of rows than it counts.
+    """
+    if manifest.format > 1:
+        return manifest.files
+    files = tuple(
+        _listed(artifact_dir, path)
+        for attempt in manifest.attempts
+        for path in artifact_dir.list(attempt)
+        if path.endswith(".parquet")
+    )
+    found, expected = sum(one.rows for one in files), manifest.counts.get("rows")
+    if len(manifest.attempts) == 1 and expected is not None and found != expected:
+        raise ArtifactCorrupt(
+            f"{artifact_dir.uri(manifest.attempts[0])} has {found} rows, its manifest counts "
+            f"{expected}. A file was added or removed after the commit: move added files away, "
+            "restore removed ones"
+        )
+    return files
+
+
+def _listed(artifact_dir: Storage, path: str) -> RowFile:
+    ids = read_table(artifact_dir, path, ["id"])["id"]
+    size = artifact_dir.size_bytes(path)
+    return RowFile(path=path, rows=len(ids), size_bytes=size, ids_sha256=hash_ids(ids))
+
+
+def row_index(storage: Storage, ref: Ref, manifest: Manifest | None = None) -> RowIndex:
+    """Return the rows of a finished index as the input of a job.
+
+    Args:
+        manifest: of `ref`, if it was read before.
+
+    Raises:
+        ArtifactMissing: it is not finished.
+    """
+    artifact_dir = storage.sub(ref.path)
+    files = row_files(artifact_dir, manifest or find(storage, ref))
+    return RowIndex(folder=artifact_dir, files=files)
+
+
+def rows_by_file(
+    artifact_dir: Storage, manifest: Manifest, columns: Sequence[str] | None
+) -> Iterator[pa.Table]:
+    """Yield some (None: all) columns file by file, each row from its newest attempt.
+
+    Attempts after the first are small: their ids are held in memory, no row of the first is.
+    """
+    wanted = None if columns is None else list(dict.fromkeys(["id", *columns]))
+    files = row_files(artifact_dir, manifest)
+    replaced = pa.array([], pa.string())
+    for attempt in reversed(manifest.attempts):
+        here = [one for one in files if one.path.startswith(f"{attempt}/")]
+        ids = [replaced]
+        for table in read_tables(artifact_dir, here, wanted):
+            if attempt != manifest.attempts[0]:
+                ids.append(table["id"].combine_chunks())
+            if len(replaced):
+                table = table.filter(pc.invert(pc.is_in(table["id"], value_set=replaced)))
+            yield table
+        replaced = pa.concat_arrays([one.cast(pa.string()) for one in ids])
+
+
+def all_rows(artifact_dir: Storage, manifest: Manifest, columns: Sequence[str] | None) -> pa.Table:
+    """Return some (None: all) columns of all rows, each row from its newest attempt."""
+    tables = list(rows_by_file(artifact_dir, manifest, columns))
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def newest(home: Storage, attempts: tuple[str, ...], columns: list[str]) -> pa.Table:
-    """Read `id` and some columns of an artifact's rows, each row from its newest attempt."""
-    return pa.concat_tables(newest_by_file(home, attempts, columns), promote_options="permissive")
-
-
-def newest_by_file(
-    home: Storage, attempts: tuple[str, ...], columns: list[str] | None
-) -> Iterator[pa.Table]:
-    """Yield `id` and some (None: all) columns a file at a time, each row from its newest attempt.
-
-    Attempts after the first are small: of them the ids are kept, of the first nothing is.
-    """
-    later = pa.array([], pa.string())
-    for attempt in reversed(attempts):
-        filesystem, path = home.sub(attempt).arrow()
-        here = []
-        for name in home.sub(attempt).list():
-            if name.endswith(".parquet"):
-                wanted = None if columns is None else ["id", *columns]
-                table = pq.read_table(f"{path}/{name}", columns=wanted, filesystem=filesystem)
-                yield table.filter(pc.invert(pc.is_in(table["id"], value_set=later)))
-                if attempt != attempts[0]:
-                    here.append(table["id"].combine_chunks())
-        later = pa.concat_arrays([later, *here])
-
-
 def read_rows(storage: Storage, ref: Ref, record: type) -> list[Any]:
-    """Read all rows of a finished artifact, sorted by id; of each id the newest attempt.
+    """Read all rows of a finished artifact, sorted by id; each id from its newest attempt.
 
     Raises:
         ArtifactMissing: it is not finished.
         ContractError: its columns are not those of `record`.
     """
-    latest: dict[str, Any] = {}
-    for attempt in find(storage, ref).attempts:
-        folder = storage.sub(f"{ref.path}/{attempt}")
-        table = read_columns(folder, schema(record).names)
-        latest.update((row.id, row) for row in from_table(record, table, where=folder.root))
-    return [latest[key] for key in sorted(latest)]
+    artifact_dir = storage.sub(ref.path)
+    rows: list[Any] = []
+    for table in rows_by_file(artifact_dir, find(storage, ref), schema(record).names):
+        rows += from_table(record, table, where=artifact_dir.root)
+    return sorted(rows, key=lambda row: row.id)

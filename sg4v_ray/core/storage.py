@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to bytes: a root URI, opened for small objects (obstore) and for Ray (pyarrow).
+"""Object storage below a root URI: a folder of a file system or a prefix of a bucket (obstore).
 
-`create` is conditional on every backend (link on POSIX, If-None-Match on S3, GCS and Azure): it
-is what leases and manifests stand on.
+`Storage.create` is conditional on every backend (link(2) on POSIX, If-None-Match on S3 and Azure,
+ifGenerationMatch on GCS). Leases, manifests and committed parts are built on it.
 """
 
+import errno
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ from sg4v_ray.core.errors import ConfigError, StorageError
 STORAGE_ERRORS = (OSError, BaseError)
 """What reading and writing raise while a disk or a bucket is away."""
 _SCHEMES = ("file", "s3", "gs", "az", "abfs", "abfss")
+_CLOUD_VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
 
 
 def is_local(uri: str) -> bool:
@@ -81,7 +85,7 @@ class Storage:
             FileNotFoundError: the folder is local and does not exist.
         """
         if not is_local(self.root):
-            return from_url(self.root)
+            return _bucket(self.root, _cloud_environment())
         folder = local_path(self.root)
         if not make and not folder.is_dir():
             raise FileNotFoundError(folder)
@@ -112,12 +116,37 @@ class Storage:
                 finally:
                     os.close(handle)
 
-    def create(self, path: str, data: bytes) -> bool:
-        """Write an object only if it does not exist; say whether this call made it."""
+    def create(
+        self,
+        path: str,
+        data: bytes,
+        *,
+        is_own: Callable[[], bool] | None = None,
+    ) -> bool:
+        """Write an object only if it does not exist; return True if this call wrote it.
+
+        On a local disk the bytes are synced before the object appears. A store may accept the
+        object and lose its answer; its client then tries again and gets "exists" for its own
+        object. So after a refusal or an error the object is compared with `data`: the same bytes
+        mean that this call wrote it. Callers put a unique id into `data`.
+
+        Args:
+            is_own: replaces the comparison of all bytes, for large objects that have their
+                writer's id in a small part.
+
+        Raises:
+            OSError, obstore.exceptions.BaseError: the store failed and has no such object.
+        """
         try:
+            if is_local(self.root):
+                return _link_new(local_path(self.uri(path)), data)
             obstore.put(self.open(make=True), path, data, mode="create")
         except AlreadyExistsError:
-            return False
+            return is_own() if is_own else self.get(path) == data
+        except BaseError:
+            if not self.exists(path):
+                raise
+            return is_own() if is_own else self.get(path) == data
         return True
 
     def get(self, path: str) -> bytes:
@@ -139,13 +168,49 @@ class Storage:
             return False
         return True
 
+    def get_tail(self, path: str, size: int) -> bytes:
+        """Read the last `size` bytes of an object; all bytes of a smaller object.
+
+        Raises:
+            StorageError: there is no such object.
+        """
+        try:
+            found = obstore.get(self.open(), path, options={"range": {"suffix": size}})
+            return bytes(found.bytes())
+        except (NotFoundError, FileNotFoundError) as error:
+            raise StorageError(f"no such object: {self.uri(path)}") from error
+
+    def size_bytes(self, path: str) -> int:
+        """Return the size of an object.
+
+        Raises:
+            StorageError: there is no such object.
+        """
+        try:
+            return int(obstore.head(self.open(), path)["size"])
+        except (NotFoundError, FileNotFoundError) as error:
+            raise StorageError(f"no such object: {self.uri(path)}") from error
+
     def list(self, prefix: str = "") -> Iterator[str]:
         """Yield the paths of all objects below a prefix, relative to this root, in order."""
+        yield from self.sizes(prefix)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Return the sizes in bytes of all objects below a prefix, by path, in order of paths."""
         try:
             batches = obstore.list(self.open(), prefix or None)
         except FileNotFoundError:
-            return
-        yield from sorted(cast(str, one["path"]) for batch in batches for one in batch)
+            return {}
+        found = {cast(str, one["path"]): int(one["size"]) for batch in batches for one in batch}
+        return dict(sorted(found.items()))
+
+    def list_folder(self, prefix: str = "") -> Sequence[str]:
+        """Return the paths of the objects right below a prefix, without sub-folders, in order."""
+        try:
+            found = obstore.list_with_delimiter(self.open(), prefix or None)
+        except (NotFoundError, FileNotFoundError):
+            return []
+        return sorted(cast(str, one["path"]) for one in found["objects"])
 
     def delete(self, prefix: str) -> None:
         """Delete an object, or all objects below a prefix."""
@@ -226,6 +291,49 @@ class Storage:
         with to.open("wb") as file:
             for chunk in stream:
                 file.write(chunk)
+
+
+def _cloud_environment() -> tuple[tuple[str, str], ...]:
+    return tuple(
+        sorted(item for item in os.environ.items() if item[0].startswith(_CLOUD_VARIABLES))
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _bucket(root: str, environment: tuple[tuple[str, str], ...]) -> Any:
+    """Keep one client, with its connections, for each root and set of credentials."""
+    return from_url(root)
+
+
+def _link_new(target: Path, data: bytes) -> bool:
+    """Write a file that must not exist: synced bytes first, then link(2) to its name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Listings of obstore hide names that end with # and digits, as its own unfinished writes have.
+    staging = target.with_name(f"{target.name}#{uuid.uuid4().int}")
+    try:
+        with staging.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(staging, target)
+        except FileExistsError:
+            return target.read_bytes() == data
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            raise StorageError(
+                f"the file system of {target.parent} refuses hard links ({error.strerror}), which "
+                "commits need; use a root on another file system or in a bucket"
+            ) from error
+    finally:
+        staging.unlink(missing_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return True
 
 
 def sha256_of(file: Path) -> str:

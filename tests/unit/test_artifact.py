@@ -22,6 +22,7 @@ from sg4v_ray.core.errors import (
 )
 from sg4v_ray.core.lease import LeaseTiming, hold
 from sg4v_ray.core.storage import Storage
+from tests.waiting import eventually
 
 REF = Ref(name="captions", version="v1")
 FAST = LeaseTiming(ttl_s=0.6, heartbeat_s=0.1)
@@ -43,7 +44,7 @@ def test_an_artifact_without_a_manifest_does_not_exist(storage: Storage) -> None
     with pytest.raises(ArtifactMissing, match=r"captions@v1 is not finished.*Run the job that"):
         find(storage, REF)
     begin(storage, REF, {"beams": 3})
-    with pytest.raises(ArtifactMissing, match=r"captions@v1 is not finished.*run its job again"):
+    with pytest.raises(ArtifactMissing, match=r"captions@v1 is not finished.*run it again"):
         find(storage, REF)
     assert not is_finished(storage, REF, config={"beams": 3})
 
@@ -53,7 +54,7 @@ def test_a_finished_artifact_says_what_it_is(storage: Storage) -> None:
     manifest = find(storage, REF, config={"beams": 3}, inputs=INPUTS)
     assert manifest.counts == {"rows": 2}
     assert manifest.inputs == INPUTS
-    assert manifest.made["python"]
+    assert manifest.provenance["python"]
     json.loads(storage.get("captions/v1/manifest.json"))
 
 
@@ -63,7 +64,7 @@ def test_a_manifest_names_no_folder_of_the_machine(
     argv = ["/home/me/jobs/x.py", "demo", "--where.root", "/home/me/runs", "--out.version=v2"]
     monkeypatch.setattr(sys, "argv", [*argv, "--where.max-actors=2"])
     finish(storage, {"beams": 3})
-    assert find(storage, REF).made["argv"] == "x.py demo --out.version=v2"
+    assert find(storage, REF).provenance["argv"] == "x.py demo --out.version=v2"
 
 
 def test_another_config_is_drift_with_both_values(storage: Storage) -> None:
@@ -134,12 +135,14 @@ def test_a_missed_heartbeat_does_not_end_the_heartbeats(
             raise OSError("the disk was away")
         put(self, path, data)
 
-    with hold(home, timing=FAST):
-        before = home.get("lease/000001.json")
+    with hold(home, timing=FAST) as lease:
+        beats = f"lease/beats/{lease.token}.json"
+        eventually(lambda: home.exists(beats))
+        before = home.get(beats)
         monkeypatch.setattr(Storage, "put", fails_once)
         assert missed.wait(10)
         deadline = time.monotonic() + 10
-        while home.get("lease/000001.json") == before:
+        while home.get(beats) == before:
             assert time.monotonic() < deadline, "no heartbeat followed the missed one"
             missed.wait(0.05)
 

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Looking at a place leaves it as it was; only writing makes folders."""
 
+import errno
 from pathlib import Path
+from typing import Any
 
+import obstore
 import pytest
+from obstore.exceptions import AlreadyExistsError, GenericError
 
 from sg4v_ray.core.errors import StorageError
 from sg4v_ray.core.storage import Storage
@@ -35,3 +39,84 @@ def test_an_object_and_a_prefix_are_deleted_and_nothing_beside_them(
     home.delete("a")
     home.delete_objects(["ab", "never"])
     assert list(home.list()) == []
+
+
+@pytest.mark.parametrize("root", ["local", "s3://sg4v-test/create"])
+@pytest.mark.usefixtures("s3")
+def test_the_second_writer_of_an_object_loses(tmp_path: Path, root: str) -> None:
+    home = Storage(root if "://" in root else str(tmp_path / root))
+    assert home.create("a/part", b"first")
+    assert not home.create("a/part", b"second")
+    assert home.get("a/part") == b"first"
+    assert list(home.list()) == ["a/part"]
+
+
+@pytest.mark.parametrize("error", [AlreadyExistsError, GenericError])
+@pytest.mark.usefixtures("s3")
+def test_an_object_that_was_accepted_without_an_answer_is_the_writers_own(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    put = obstore.put
+
+    def accept_and_lose_the_answer(*args: Any, **options: Any) -> None:
+        put(*args, **options)
+        raise error("a retry of the client found its own object, or the connection was cut")
+
+    home = Storage("s3://sg4v-test/lost")
+    monkeypatch.setattr(obstore, "put", accept_and_lose_the_answer)
+    assert home.create("part", b"mine")
+    monkeypatch.setattr(obstore, "put", put)
+    assert not home.create("part", b"of another")
+
+
+@pytest.mark.usefixtures("s3")
+def test_an_object_that_was_not_accepted_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise GenericError("the store is away")
+
+    home = Storage("s3://sg4v-test/away")
+    monkeypatch.setattr(obstore, "put", refuse)
+    with pytest.raises(GenericError, match="away"):
+        home.create("part", b"mine")
+
+
+def test_a_kill_inside_a_local_create_leaves_no_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Storage(str(tmp_path))
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.link", killed)
+    with pytest.raises(KeyboardInterrupt):
+        home.create("part", b"mine")
+    monkeypatch.undo()
+    assert list(home.list()) == []
+    assert home.create("part", b"mine")
+
+
+def test_a_file_system_without_hard_links_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    with pytest.raises(StorageError, match=r"refuses hard links .* use a root on another file"):
+        Storage(str(tmp_path)).create("part", b"mine")
+
+
+@pytest.mark.parametrize("root", ["local", "s3://sg4v-test/tail"])
+@pytest.mark.usefixtures("s3")
+def test_the_end_of_an_object_is_read_alone(tmp_path: Path, root: str) -> None:
+    home = Storage(root if "://" in root else str(tmp_path / root))
+    home.put("a", b"0123456789")
+    assert home.get_tail("a", 3) == b"789"
+    assert home.get_tail("a", 100) == b"0123456789"
+    assert home.size_bytes("a") == 10
+    assert home.sizes() == {"a": 10}
+    home.put("sub/b", b"1")
+    assert home.list_folder() == ["a"]
+    with pytest.raises(StorageError, match="no such object"):
+        home.get_tail("none", 3)
