@@ -23,6 +23,12 @@ from sg4v_ray.recipes.line import Line
 
 T = TypeVar("T")
 _ROOT = "--where.root"
+_RENAMED_FLAGS = {
+    "flow.rows-per-block": "batching.rows-per-part",
+    "flow.batch-size": "batching.rows-per-task",
+    "flow.batches-in-flight": None,
+}
+"""Flags of version 0.1; None for a flag without a successor."""
 
 
 def main(
@@ -63,6 +69,7 @@ def parse(
             submitted job.
     """
     name, flags = _recipe_name(doc, args)
+    _refuse_renamed(flags)
     part = pick(RECIPES[name]())
     if part is None or part == ():
         raise ConfigError(f"the recipe {name!r} has no such step; `python -m jobs` lists them")
@@ -91,6 +98,20 @@ def _recipe_name(doc: str | None, args: Sequence[str]) -> tuple[str, list[str]]:
     if args[0] not in RECIPES:
         raise ConfigError(f"no recipe {args[0]!r}; there are\n{known}")
     return args[0], list(args[1:])
+
+
+def _refuse_renamed(flags: Sequence[str]) -> None:
+    for flag in flags:
+        given = flag.removeprefix("--").removeprefix("no-").partition("=")[0].replace("_", "-")
+        for old, new in _RENAMED_FLAGS.items():
+            if given != old and not given.endswith(f".{old}"):
+                continue
+            if new is None:
+                raise ConfigError(
+                    f"--{given} no longer exists: each actor holds twice as many rows as its "
+                    "engine's capacity. Remove the flag"
+                )
+            raise ConfigError(f"--{given} is now --{given.removesuffix(old)}{new}")
 
 
 def _flags_of(part: Any) -> Any:

@@ -4,12 +4,12 @@
 from contextlib import ExitStack
 from dataclasses import replace
 
-from sg4v_ray.batch import stage
 from sg4v_ray.captions import bulk, collect, score
 from sg4v_ray.core.artifact import Manifest
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset import build, mixture
 from sg4v_ray.evaluation import run as evaluation
+from sg4v_ray.exactly_once import stage
 from sg4v_ray.recipes import easy_vqa_teacher, embedded
 from sg4v_ray.recipes.line import (
     CaptionStep,
@@ -53,7 +53,7 @@ def collect_captions(
             images=step.images,
             out=step.out,
             where=where,
-            flow=step.flow,
+            batching=step.batching,
             mode=step.mode,
             batch=step.batch,
             retry=retry,
@@ -88,12 +88,14 @@ def caption_images(step: CaptionStep, where: Where) -> Manifest:
     """Caption the images of a step; the embedded captioner is copied below the root first."""
     if step.captioner == embedded.CAPTIONER:
         embedded.install_captioner(where.storage)
-    return stage.write_rows(_captioning(step, where), flow=step.flow, where=where)
+    return stage.write_rows(_captioning(step, where), batching=step.batching, where=where)
 
 
 def retry_rejects(step: CaptionStep, reasons: tuple[str, ...], where: Where) -> Manifest:
     """Caption again what was rejected; no reason means every one."""
-    return stage.retry_rejects(_captioning(step, where), reasons, flow=step.flow, where=where)
+    return stage.retry_rejects(
+        _captioning(step, where), reasons, batching=step.batching, where=where
+    )
 
 
 def _captioning(step: CaptionStep, where: Where) -> stage.Stage:
@@ -109,7 +111,9 @@ def _captioning(step: CaptionStep, where: Where) -> stage.Stage:
 
 def score_captions(step: ScoreStep, where: Where) -> Manifest:
     """Score the captions of a step."""
-    return score.run(step.config, captions=step.captions, out=step.out, flow=step.flow, where=where)
+    return score.run(
+        step.config, captions=step.captions, out=step.out, batching=step.batching, where=where
+    )
 
 
 def evaluate(step: EvaluateStep, where: Where) -> Manifest:
@@ -121,7 +125,7 @@ def evaluate(step: EvaluateStep, where: Where) -> Manifest:
         model=step.model,
         out=step.out,
         where=where,
-        flow=step.flow,
+        batching=step.batching,
     )
     return evaluation.score(
         predictions=step.out,

@@ -42,7 +42,7 @@ def run() -> None:
         return
     with ray_session():
         manifest = _steps.collect_captions(step, where)
-        print(f"{summary(manifest)}, ${manifest.facts.get('usd', 0):.4f}")
+        print(f"{summary(manifest)}, ${manifest.metrics.get('usd', 0):.4f}")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from typing import Annotated
 import tyro
 
 from jobs._cli import main, summary
-from sg4v_ray.batch.generate import MODEL_FOLDER
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.config import to_plain
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.config import MODEL_FOLDER
 from sg4v_ray.model import importing
 
 
@@ -47,6 +47,8 @@ def import_weights(job: ImportJob) -> Manifest:
     source = importing.read_source(job.config, job.paths, name=out.name)
     home = begin(storage, out, job.config, inputs=inputs, anew=True)
     with hold(home) as lease, tempfile.TemporaryDirectory(prefix="sg4v-import-") as folder:
+        if is_finished(storage, out, config=job.config, inputs=inputs):  # since the first check
+            return find(storage, out)
         tower = importing.write_model(source, job.config, job.paths, Path(folder))
         home.delete(MODEL_FOLDER)
         return commit(
@@ -59,7 +61,7 @@ def import_weights(job: ImportJob) -> Manifest:
                 "parameters": sum(one.numel() for one in source.state.values()),
             },
             digests=home.upload(Path(folder), MODEL_FOLDER),
-            facts={"model": to_plain(source.model), "vision_tower_sha256": tower},
+            metrics={"model": to_plain(source.model), "vision_tower_sha256": tower},
             lease=lease,
         )
 

@@ -71,7 +71,7 @@ def served(model: ModelDeployment) -> Served:
         config=model,
         digests=manifest.digests,
         fingerprint=manifest.fingerprint,
-        created=int(datetime.fromisoformat(manifest.made["at"]).timestamp()),
+        created=int(datetime.fromisoformat(manifest.provenance["at"]).timestamp()),
     )
 
 

@@ -19,14 +19,14 @@ import pyarrow.compute as pc
 
 from sg4v_ray.analysis.captions import items_of
 from sg4v_ray.analysis.gallery import render_gallery
-from sg4v_ray.batch.watch import curves
 from sg4v_ray.core import charts
 from sg4v_ray.core.artifact import Manifest, Ref, find
 from sg4v_ray.core.html import element
 from sg4v_ray.core.records import CaptionRow, from_table
-from sg4v_ray.core.rows import newest_by_file
+from sg4v_ray.core.rows import rows_by_file
 from sg4v_ray.core.sampling import draw
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.monitor import curves
 
 SAMPLE = 200
 """Captions and rejects, each, that the page shows: what a browser and a person can take."""
@@ -53,7 +53,7 @@ def write_report(*, captions: Ref, where: Where) -> dict[str, Any]:
     """
     storage = where.storage
     manifest, home = find(storage, captions), storage.sub(captions.path)
-    seen = _look(newest_by_file(home, manifest.attempts, None), home.root)
+    seen = _look(rows_by_file(home, manifest, None), home.root)
     figures = _figures(manifest, seen)
     home.put("report.json", (json.dumps(figures, indent=1) + "\n").encode())
     home.put("report.html", _page(str(captions), figures, seen, curves(home)).encode())
@@ -92,7 +92,7 @@ def _figures(manifest: Manifest, seen: _Seen) -> dict[str, Any]:
         "captioned": captioned,
         "rejected": seen.rows - captioned,
         "rejected_by_reason": dict(seen.rejects.most_common()),
-        "images_per_s": manifest.facts.get("rows_per_s"),
+        "images_per_s": manifest.metrics.get("rows_per_s"),
         "tokens": seen.tokens,
         "mean_chars": round(sum(ordered) / captioned, 1) if captioned else None,
         "median_chars": ordered[captioned // 2] if captioned else None,
@@ -165,6 +165,6 @@ def _card(captions: Ref, manifest: Manifest, figures: dict[str, Any]) -> str:
             for key, count in figures["rejected_by_reason"].items()
         ),
         "",
-        f"Made {manifest.made.get('at')} at commit {manifest.made.get('commit')}.",
+        f"Made {manifest.provenance.get('at')} at commit {manifest.provenance.get('commit')}.",
     ]
     return "\n".join(lines) + "\n"

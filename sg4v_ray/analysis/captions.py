@@ -15,13 +15,13 @@ from PIL import Image
 
 from sg4v_ray.analysis.easy_vqa import agreement, official
 from sg4v_ray.analysis.gallery import GalleryItem, write_gallery
-from sg4v_ray.batch.pixels import read_images
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.images import ImageLimits, Rejected, open_image
 from sg4v_ray.core.records import CaptionRow, Question
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.pixels import read_images
 
 _LIMITS, _FETCH = ImageLimits(), FetchConfig()
 _THUMBNAIL = 256
@@ -44,7 +44,7 @@ def write_report(
     figures: dict[str, Any] = {
         "captioned": captioned,
         "rejected": len(rows) - captioned,
-        "images_per_s": manifest.facts["rows_per_s"],
+        "images_per_s": manifest.metrics["rows_per_s"],
     }
     if questions is not None:
         known = official(read_rows(storage, questions, Question))

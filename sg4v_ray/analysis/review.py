@@ -62,7 +62,7 @@ def write_review(
         ArtifactMissing: the captions are not finished.
     """
     storage = where.storage
-    paid = find(storage, captions).facts.get("usd", 0.0)
+    paid = find(storage, captions).metrics.get("usd", 0.0)
     rows: list[TeacherCaptionRow] = read_rows(storage, captions, TeacherCaptionRow)
     chosen = hold_out.of((row.id, row.source) for row in rows)
     shown = sorted((row for row in rows if row.id in chosen), key=lambda row: (row.source, row.id))

@@ -8,28 +8,40 @@ A bad image is a row with a reason, and so is a caption that was cut off.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 
-from sg4v_ray.batch import plan
-from sg4v_ray.batch.generate import Generate, GenerateConfig, ModelSource
-from sg4v_ray.batch.pixels import ModelPixels, add_images
-from sg4v_ray.batch.stage import Stage, image_size, input_fingerprints
 from sg4v_ray.captions.quality import QualityConfig, check_language, judge
-from sg4v_ray.core.artifact import Ref
+from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.config import content_of
 from sg4v_ray.core.fetch import FetchConfig
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import CaptionRow
 from sg4v_ray.core.rejects import RejectBudget
-from sg4v_ray.core.rows import ROWS
+from sg4v_ray.core.rows import row_index
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.config import GenerateConfig, ModelSource
+from sg4v_ray.exactly_once.generate import Generate
+from sg4v_ray.exactly_once.pixels import ModelPixels, add_images
+from sg4v_ray.exactly_once.plan import ActorStep
+from sg4v_ray.exactly_once.stage import Stage, image_size, input_fingerprints
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.inference.prompt import refuse_beams
 from sg4v_ray.model.geometry import Geometry
 
 
+@identity_keys(
+    "BulkConfig",
+    excluded=("fetch", "budget"),
+    generate="generate",
+    geometry="geometry",
+    quality="quality",
+    images="images",
+    fetch="fetch",
+    budget="budget",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BulkConfig:
     """What every image is asked and how the answer is decoded: all that decides a caption."""
@@ -40,6 +52,14 @@ class BulkConfig:
     images: ImageLimits = ImageLimits()
     fetch: FetchConfig = FetchConfig()
     budget: RejectBudget = RejectBudget()
+
+
+RETRY_LIMITS: Final = (
+    "captions.images.max_bytes",
+    "captions.images.max_pixels",
+    "captions.generate.generation.max_tokens",
+)
+"""Limits that cause rejects. A retry may raise them; hosts are no part of identity."""
 
 
 def prepare(
@@ -69,6 +89,7 @@ def stage_of(
     refuse_beams(config.generate.generation, kind=engine.kind)
     check_language(config.quality)
     storage = where.storage
+    inputs, indexed = input_fingerprints(storage, captioner), find(storage, images)
     pixels = ModelPixels(size=image_size(storage, captioner), geometry=config.geometry)
     kwargs: dict[str, Any] = {
         "model": ModelSource(root=where.root, ref=captioner),
@@ -82,19 +103,21 @@ def stage_of(
         ),
     }
 
-    def work(attempt: int) -> plan.Work:
-        return plan.Work(
+    def step(attempt: int) -> ActorStep:
+        return ActorStep(
             actor=Generate,
             kwargs={**kwargs, "attempt": attempt},
             prepare=partial(prepare, limits=config.images, pixels=pixels, fetch=config.fetch),
             record=CaptionRow,
+            capacity=engine.capacity,
         )
 
     return Stage(
         out=out,
         identity={"captions": content_of(config), "engine": engine.identity},
-        inputs=input_fingerprints(storage, images, captioner),
-        index=storage.sub(f"{images.path}/{ROWS}"),
-        work=work,
+        inputs={str(images): indexed.fingerprint, **inputs},
+        index=row_index(storage, images, indexed),
+        step=step,
         budget=config.budget,
+        retry_limits=RETRY_LIMITS,
     )

@@ -7,19 +7,21 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from sg4v_ray.captions.prompts import aesthetic, prompt
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.config import fingerprint
 from sg4v_ray.core.errors import ConfigError
-from sg4v_ray.core.rows import ROWS, read_columns
+from sg4v_ray.core.identity import identity_keys
+from sg4v_ray.core.row_files import RowIndex, open_index, write_index
+from sg4v_ray.core.rows import all_rows
 from sg4v_ray.core.sampling import draw, sample
 from sg4v_ray.core.storage import Storage
 
 _log = logging.getLogger(__name__)
 
 
+@identity_keys("Share", source="source", prompt="prompt", count="count")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
     """The images of one source, and what is asked of them."""
@@ -37,6 +39,7 @@ class Share:
             raise ConfigError(f"count of {self.source!r} must be at least 1, got {self.count}")
 
 
+@identity_keys("SampleConfig", shares="shares", seed="seed", aesthetic_rate="aesthetic_rate")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleConfig:
     """Which images are drawn. Part of identity."""
@@ -92,18 +95,23 @@ def choose(rows: pa.Table, config: SampleConfig) -> tuple[pa.Table, dict[str, tu
     return rows.append_column("prompt", pa.array(prompts, pa.string())), short
 
 
-def write_chosen(storage: Storage, config: SampleConfig, images: Ref, home: Storage) -> Storage:
-    """Write the drawn rows as an index of their own, and return its folder.
-
-    The folder is named by what decides its content, so a run under another config writes
-    elsewhere before it is refused as drift.
-    """
-    key = fingerprint([asdict(config), find(storage, images).fingerprint])
-    rows, short = choose(read_columns(storage.sub(f"{images.path}/{ROWS}"), None), config)
+def sample_of(storage: Storage, config: SampleConfig, images: Ref) -> pa.Table:
+    """Draw the images of each share from a finished index; see `choose`."""
+    manifest = find(storage, images)
+    rows, short = choose(all_rows(storage.sub(images.path), manifest, None), config)
     for source, (wanted, found) in short.items():
         _log.warning("%s: %d images wanted, %d there; all are taken", source, wanted, found)
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink)
-    folder = home.sub(f"chosen-{key}")
-    folder.put("part-00000.parquet", sink.getvalue().to_pybytes())
-    return folder
+    return rows
+
+
+def write_chosen(
+    storage: Storage, config: SampleConfig, images: Ref, artifact_dir: Storage
+) -> RowIndex:
+    """Write the drawn rows as an index of their own; a finished one is opened.
+
+    Its folder is named by a hash of the sample and the index, so a run under another config writes
+    to another folder before it is refused as drift.
+    """
+    key = fingerprint([asdict(config), find(storage, images).fingerprint])
+    folder = artifact_dir.sub(f"chosen-{key}")
+    return open_index(folder) or write_index(folder, [sample_of(storage, config, images)])

@@ -13,16 +13,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import pyarrow as pa
 import ray
-import ray.data
 from PIL import Image
 
-from sg4v_ray.batch import plan
-from sg4v_ray.batch.pixels import add_images
-from sg4v_ray.batch.stage import Stage, input_fingerprints, retry_rejects, write_rows
 from sg4v_ray.captions.batches import BatchLimits
 from sg4v_ray.captions.choose import SampleConfig, write_chosen
 from sg4v_ray.captions.in_batches import ask_in_batches, wait_for_earlier_batches
@@ -36,16 +32,31 @@ from sg4v_ray.captions.teacher_actor import (
 from sg4v_ray.core.artifact import Manifest, Ref, begin, find, is_finished
 from sg4v_ray.core.config import content_of
 from sg4v_ray.core.fetch import FetchConfig
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import TeacherCaptionRow
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.config import Batching
+from sg4v_ray.exactly_once.pixels import add_images
+from sg4v_ray.exactly_once.plan import ActorStep
+from sg4v_ray.exactly_once.stage import Stage, input_fingerprints, retry_rejects, write_rows
 
 _log = logging.getLogger(__name__)
 
 Mode = Literal["online", "batch"]
 
 
+@identity_keys(
+    "CollectConfig",
+    excluded=("fetch", "budget"),
+    sample="sample",
+    teacher="teacher",
+    quality="quality",
+    images="images",
+    fetch="fetch",
+    budget="budget",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectConfig:
     """Which images the teacher sees and what it is asked."""
@@ -56,6 +67,10 @@ class CollectConfig:
     images: ImageLimits = ImageLimits()
     fetch: FetchConfig = FetchConfig()
     budget: RejectBudget = RejectBudget()
+
+
+RETRY_LIMITS: Final = ("collect.images.max_bytes", "collect.images.max_pixels")
+"""Limits that cause rejects and decide no answer; a retry may raise them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +102,7 @@ def stage_of(config: CollectConfig, *, images: Ref, out: Ref, where: Where) -> S
     """Return the stage without anybody who asks; it can be compared with what is finished."""
     storage = where.storage
 
-    def work(attempt: int) -> NoReturn:
+    def step(attempt: int) -> NoReturn:
         raise AssertionError(f"attempt {attempt} has no desk")
 
     return Stage(
@@ -95,22 +110,24 @@ def stage_of(config: CollectConfig, *, images: Ref, out: Ref, where: Where) -> S
         identity={"collect": content_of(config)},
         inputs=input_fingerprints(storage, images),
         index=write_chosen(storage, config.sample, images, storage.sub(out.path)),
-        work=work,
+        step=step,
         budget=config.budget,
+        retry_limits=RETRY_LIMITS,
     )
 
 
-def _asking(stage: Stage, config: CollectConfig, desk: DeskHandle) -> Stage:
-    def work(attempt: int) -> plan.Work:
-        return plan.Work(
+def _asking(stage: Stage, config: CollectConfig, endpoint: Endpoint, desk: DeskHandle) -> Stage:
+    def step(attempt: int) -> ActorStep:
+        return ActorStep(
             actor=AskTeacher,
             kwargs={"desk": desk, "attempt": attempt},
             prepare=_prepare_of(config),
             record=TeacherCaptionRow,
+            capacity=endpoint.limits.in_flight,
             paid_usd=PaidSoFar(desk),
         )
 
-    return replace(stage, work=work, facts=partial(_facts, desk))
+    return replace(stage, step=step, metrics=partial(_metrics, desk))
 
 
 def _prepare_of(config: CollectConfig) -> Callable[[pa.Table], pa.Table]:
@@ -118,7 +135,7 @@ def _prepare_of(config: CollectConfig) -> Callable[[pa.Table], pa.Table]:
     return partial(prepare, limits=config.images, fetch=config.fetch, encode=encode)
 
 
-def _facts(desk: DeskHandle) -> dict[str, Any]:
+def _metrics(desk: DeskHandle) -> dict[str, Any]:
     status: DeskStatus = ray.get(desk.status.remote())
     return {
         "usd": round(status.spent_usd, 6),
@@ -134,7 +151,7 @@ def run(
     images: Ref,
     out: Ref,
     where: Where,
-    flow: plan.Flow,
+    batching: Batching,
     mode: Mode = "online",
     batch: BatchLimits | None = None,
     retry: tuple[str, ...] | None = None,
@@ -167,11 +184,11 @@ def run(
         out=out,
         where=where,
     ) as desk:
-        stage = _asking(stage, config, desk)
+        stage = _asking(stage, config, endpoint, desk)
         if retry is None and mode == "batch":
-            ask_in_batches(stage, _prepare_of(config), desk=desk, where=where, flow=flow)
+            ask_in_batches(stage, _prepare_of(config), desk=desk, where=where, batching=batching)
         else:
             wait_for_earlier_batches(out, desk, where)
         if retry is not None:
-            return retry_rejects(stage, retry, flow=flow, where=where)
-        return write_rows(stage, flow=flow, where=where)
+            return retry_rejects(stage, retry, batching=batching, where=where)
+        return write_rows(stage, batching=batching, where=where)

@@ -13,19 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from sg4v_ray.batch.pixels import read_images
 from sg4v_ray.captions.choose import choose
 from sg4v_ray.captions.collect import CollectConfig
 from sg4v_ray.captions.ledger import Ledger
 from sg4v_ray.captions.prompts import prompt
 from sg4v_ray.captions.session import LEDGER
-from sg4v_ray.captions.teacher import Endpoint, TeacherConfig, asked_key
+from sg4v_ray.captions.teacher import Endpoint, TeacherConfig, asked_keys
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.images import Rejected, open_image
-from sg4v_ray.core.rows import ROWS, read_columns
+from sg4v_ray.core.rows import all_rows
 from sg4v_ray.core.sampling import sample
 from sg4v_ray.core.text_table import text_table
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.pixels import read_images
 
 _LOOKED_AT: Final = 20
 """Images of each source that are opened."""
@@ -69,8 +69,8 @@ def estimate(
         ConfigError: a source has no image.
     """
     storage = where.storage
-    find(storage, images)
-    rows, short = choose(read_columns(storage.sub(f"{images.path}/{ROWS}"), None), config.sample)
+    index = all_rows(storage.sub(images.path), find(storage, images), None)
+    rows, short = choose(index, config.sample)
     ledger = Ledger(storage.sub(LEDGER), writer=None)
     paid = {(one.row, one.asked) for one in ledger.answers.values()}
     paid |= {(one.row, one.asked) for one in ledger.open.values() if one.batch is not None}
@@ -87,11 +87,11 @@ def estimate(
 def _is_new(rows: pa.Table, config: TeacherConfig, paid: set[tuple[str, str]]) -> list[bool]:
     """Say of each row whether nobody has asked the same question about it."""
     asked = {
-        name: asked_key(config, prompt(name).sha256)
+        name: asked_keys(config, prompt(name).sha256)
         for name in pc.unique(rows["prompt"]).to_pylist()
     }
     pairs = zip(rows["id"].to_pylist(), rows["prompt"].to_pylist(), strict=True)
-    return [(key, asked[name]) not in paid for key, name in pairs]
+    return [all((key, one) not in paid for one in asked[name]) for key, name in pairs]
 
 
 def _of_source(

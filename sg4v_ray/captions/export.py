@@ -12,7 +12,7 @@ from typing import Any
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.llava_json import record_of, write_records
 from sg4v_ray.core.records import Turn
-from sg4v_ray.core.rows import newest, newest_by_file
+from sg4v_ray.core.rows import all_rows, rows_by_file
 from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.core.where import Where
 from sg4v_ray.model.instructions import training_question
@@ -29,14 +29,14 @@ def export(*, captions: Ref, to: str, seed: int, hold_out: HoldOut, where: Where
         ArtifactMissing: the captions are not finished.
     """
     storage = where.storage
-    home, attempts = storage.sub(captions.path), find(storage, captions).attempts
+    artifact_dir, manifest = storage.sub(captions.path), find(storage, captions)
     held: set[str] = set()
     if hold_out.per_source:
-        rows = newest(home, attempts, ["source"])
+        rows = all_rows(artifact_dir, manifest, ["source"])
         held = hold_out.of(zip(rows["id"].to_pylist(), rows["source"].to_pylist(), strict=True))
 
     def records() -> Iterator[dict[str, Any]]:
-        for table in newest_by_file(home, attempts, ["uri", "text"]):
+        for table in rows_by_file(artifact_dir, manifest, ["uri", "text"]):
             for row in table.to_pylist():
                 if row["text"] is not None and row["id"] not in held:
                     question = Turn(role="user", text=training_question(row["id"], seed))
@@ -47,7 +47,7 @@ def export(*, captions: Ref, to: str, seed: int, hold_out: HoldOut, where: Where
         path = Path(folder, Path(to).name)
         with path.open("wb") as file:
             count = write_records(file, records())
-        home.upload(Path(folder), str(Path(to).parent) if "/" in to else "")
+        artifact_dir.upload(Path(folder), str(Path(to).parent) if "/" in to else "")
     return count
 
 

@@ -12,30 +12,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, Final, Never
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import ray.data
 from ray.exceptions import RayActorError
 from tqdm import tqdm
 
-from sg4v_ray.batch.plan import Flow, plain_data
-from sg4v_ray.batch.room import LIGHT_CPUS, check_cluster
-from sg4v_ray.batch.stage import Stage
-from sg4v_ray.batch.watch import STATUS, Status
 from sg4v_ray.captions.session import DeskHandle, get
 from sg4v_ray.captions.teacher_actor import COLUMNS, DeskStatus
 from sg4v_ray.core.artifact import Ref
-from sg4v_ray.core.rows import read_columns
+from sg4v_ray.core.row_files import read_tables
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.capacity import check_cluster_capacity
+from sg4v_ray.exactly_once.config import Batching
+from sg4v_ray.exactly_once.monitor import STATUS, Status
+from sg4v_ray.exactly_once.part_actor import decode_task
+from sg4v_ray.exactly_once.stage import Stage
 
 _log = logging.getLogger(__name__)
 
 _LOOK_S: Final = 5.0
 """How often the desk is asked how far its batches are."""
+_SLICES_AHEAD: Final = 8
+"""Decode tasks that run while the desk takes a slice."""
 _NO_REJECTS: Final = ("caption", "lost", "turned_away")
 
 
@@ -105,24 +108,32 @@ def ask_in_batches(
     *,
     desk: DeskHandle,
     where: Where,
-    flow: Flow,
+    batching: Batching,
 ) -> None:
-    """Bring every image to the desk's batches; their answers are then in the ledger."""
-    check_cluster(where)
-    filesystem, path = stage.index.arrow()
-    total = len(read_columns(stage.index, ["id"]))
-    rows = ray.data.read_parquet(path, filesystem=filesystem, num_cpus=LIGHT_CPUS)
-    rows = rows.repartition(target_num_rows_per_block=flow.rows_per_block).map_batches(
-        prepare,
-        batch_size=flow.batch_size,
-        batch_format="pyarrow",
-        num_cpus=where.decode_cpus,
-    )
-    with plain_data(), _progress(stage.out, desk, where, total) as wait:
-        for table in rows.iter_batches(batch_size=flow.batch_size, batch_format="pyarrow"):
+    """Put every image into the desk's batches; their answers are then in the ledger."""
+    check_cluster_capacity(where)
+    with _progress(stage.out, desk, where, stage.index.rows) as wait:
+        for table in _prepared(stage, prepare, where, batching.rows_per_task):
             good = table.filter(pc.is_valid(table["image"])).select(COLUMNS)
             wait(desk.put_into_batches.remote(good.to_pylist(), 1))
         wait(desk.finish_batches.remote())
+
+
+def _prepared(
+    stage: Stage, prepare: Callable[[pa.Table], pa.Table], where: Where, rows_per_task: int
+) -> Iterator[pa.Table]:
+    """Yield the prepared rows of an index in order; some slices ahead are decoded in tasks."""
+    decode = decode_task.options(num_cpus=where.decode_cpus)
+    slices = (
+        table.slice(first, rows_per_task)
+        for table in read_tables(stage.index.folder, stage.index.files, None)
+        for first in range(0, len(table), rows_per_task)
+    )
+    ahead = [decode.remote(prepare, one) for one in islice(slices, _SLICES_AHEAD)]
+    while ahead:
+        table = get(ahead.pop(0))
+        ahead += [decode.remote(prepare, one) for one in islice(slices, 1)]
+        yield table
 
 
 def wait_for_earlier_batches(out: Ref, desk: DeskHandle, where: Where) -> None:

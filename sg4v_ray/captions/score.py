@@ -6,39 +6,40 @@ captions@v, evaluation images@v -> decode, hash -> CLIP actors -> caption-scores
 Nothing is removed here: a `CaptionFilter` decides that when a dataset is built.
 """
 
+import asyncio
 import statistics
-import tempfile
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import imagehash
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import ray
 
-from sg4v_ray.batch import plan
-from sg4v_ray.batch.loop_thread import LoopThread
-from sg4v_ray.batch.pixels import read_images
-from sg4v_ray.batch.stage import Stage, input_fingerprints, write_rows
-from sg4v_ray.batch.tally import Tally, keep_beating
 from sg4v_ray.core.artifact import Manifest, Ref, find
 from sg4v_ray.core.config import content_of, fingerprint
 from sg4v_ray.core.fetch import FetchConfig
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.images import ImageLimits, Rejected, open_image
 from sg4v_ray.core.records import ScoreRow
 from sg4v_ray.core.rejects import RejectBudget
-from sg4v_ray.core.rows import newest_by_file
+from sg4v_ray.core.row_files import RowIndex, open_index, write_index
+from sg4v_ray.core.rows import rows_by_file
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.config import Batching
+from sg4v_ray.exactly_once.part_actor import PartActor
+from sg4v_ray.exactly_once.pixels import read_images
+from sg4v_ray.exactly_once.plan import ActorStep
+from sg4v_ray.exactly_once.stage import Stage, input_fingerprints, write_rows
 from sg4v_ray.inference.clip_config import ClipConfig
-from sg4v_ray.inference.engine import EngineStats
 from sg4v_ray.model.geometry import as_model_sees
 
+_ROWS_AT_ONCE: Final = 32
+"""Rows of one actor at once: the CLIP model takes one slice after another."""
 _INDEX = pa.schema(
     [
         pa.field("id", pa.string()),
@@ -49,6 +50,15 @@ _INDEX = pa.schema(
 )
 
 
+@identity_keys(
+    "ScoreConfig",
+    excluded=("fetch", "budget"),
+    clip="clip",
+    evaluation_images="evaluation_images",
+    images="images",
+    fetch="fetch",
+    budget="budget",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
     """What captions are scored with, and what their images are compared with."""
@@ -61,7 +71,9 @@ class ScoreConfig:
     budget: RejectBudget = RejectBudget()
 
 
-def run(config: ScoreConfig, *, captions: Ref, out: Ref, flow: plan.Flow, where: Where) -> Manifest:
+def run(
+    config: ScoreConfig, *, captions: Ref, out: Ref, batching: Batching, where: Where
+) -> Manifest:
     """Score the captions of a finished artifact; open the scores if they are finished.
 
     Raises:
@@ -71,42 +83,43 @@ def run(config: ScoreConfig, *, captions: Ref, out: Ref, flow: plan.Flow, where:
     config.clip.check()
     storage = where.storage
     inputs = input_fingerprints(storage, captions, *config.evaluation_images)
-    # Named by its inputs: of other captions another index is written beside it.
-    index = storage.sub(f"{out.path}/index-{fingerprint(inputs)}")
-    if not any(index.list()):
-        _write_index(storage, index, captions, config.evaluation_images)
+    # Named by its inputs: other captions get another index beside it.
+    folder = storage.sub(f"{out.path}/index-{fingerprint(inputs)}")
+    index = open_index(folder) or _write_index(storage, folder, captions, config.evaluation_images)
     kwargs = {"clip": config.clip, "threads": where.engine_threads}
-    work = plan.Work(
+    step = ActorStep(
         actor=Score,
         kwargs=kwargs,
         prepare=partial(
             prepare, limits=config.images, fetch=config.fetch, size=config.clip.image_size
         ),
         record=ScoreRow,
+        capacity=_ROWS_AT_ONCE,
     )
     stage = Stage(
         out=out,
         identity={"scores": content_of(config)},
         inputs=inputs,
         index=index,
-        work=lambda attempt: work,
+        step=lambda attempt: step,
         budget=config.budget,
     )
-    return write_rows(stage, flow=flow, where=where)
+    return write_rows(stage, batching=batching, where=where)
 
 
 def _write_index(
-    storage: Storage, index: Storage, captions: Ref, evaluation_images: tuple[Ref, ...]
-) -> None:
-    """Write one row a caption and one an evaluation image, as one file: all or nothing."""
-    with tempfile.TemporaryDirectory() as folder:  # over a gigabyte for 1.2M captions
-        with pq.ParquetWriter(Path(folder) / "part-00000.parquet", _INDEX) as writer:
-            for ref in (captions, *evaluation_images):
-                manifest = find(storage, ref)
-                columns = ["uri", "text", "reject"] if ref == captions else ["uri"]
-                for table in newest_by_file(storage.sub(ref.path), manifest.attempts, columns):
-                    writer.write_table(_index_rows(table, ref, is_caption=ref == captions))
-        index.upload(Path(folder), "")
+    storage: Storage, folder: Storage, captions: Ref, evaluation_images: tuple[Ref, ...]
+) -> RowIndex:
+    """Write one row for each caption and each evaluation image."""
+
+    def tables() -> Iterator[pa.Table]:
+        for ref in (captions, *evaluation_images):
+            manifest = find(storage, ref)
+            columns = ["uri", "text", "reject"] if ref == captions else ["uri"]
+            for table in rows_by_file(storage.sub(ref.path), manifest, columns):
+                yield _index_rows(table, ref, is_caption=ref == captions)
+
+    return write_index(folder, tables())
 
 
 def _index_rows(table: pa.Table, ref: Ref, *, is_caption: bool) -> pa.Table:
@@ -145,48 +158,42 @@ def prepare(table: pa.Table, *, limits: ImageLimits, fetch: FetchConfig, size: i
     return table.drop_columns(["uri"])
 
 
-class Score:
-    """Ray Data actor: one CLIP model."""
+class Score(PartActor):
+    """Work actor with one CLIP model."""
 
-    def __init__(
-        self, *, clip: ClipConfig, threads: int, tally: "ray.actor.ActorHandle[Tally]"
-    ) -> None:
+    def __init__(self, *, clip: ClipConfig, threads: int, **part_actor: Any) -> None:
         from sg4v_ray.inference.clip import Clip  # torch: the driver does without
 
-        self._tally, self._size = tally, clip.image_size
-        self._name = str(ray.get_runtime_context().get_actor_id())
-        self._loop = LoopThread("beats")
-        self._loop.submit(keep_beating(tally, self._name, self._stats))
+        self._size, self._one_at_a_time = clip.image_size, threading.Lock()
+        super().__init__(**part_actor)
         self._clip = Clip(clip, threads=threads)
-        tally.ready.remote(self._name)
+        self._progress.ready.remote(self._name)
 
-    def _stats(self) -> EngineStats:
-        return EngineStats(1, 0, 0)
-
-    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+    async def process(self, rows: pa.Table) -> pa.Table:
         """Score every row that has a caption and an image."""
-        rows = batch.select(["image", "text"]).to_pylist()
-        scored = [place for place, row in enumerate(rows) if row["image"] is not None]
-        scores = self._scores([rows[place] for place in scored])
-        by_row: list[list[float] | None] = [None] * len(rows)
+        plain = rows.select(["image", "text"]).to_pylist()
+        scored = [place for place, row in enumerate(plain) if row["image"] is not None]
+        scores = await asyncio.to_thread(self._scores, [plain[place] for place in scored])
+        by_row: list[list[float] | None] = [None] * len(plain)
         for place, found in zip(scored, scores, strict=True):
             by_row[place] = found
-        rejects = [one for one in batch["reject"].to_pylist() if one is not None]
-        self._tally.finish.remote(
-            self._name, [], rows=len(rows), tokens=0, rejects=rejects, engine_s=0.0
+        rejects = [one for one in rows["reject"].to_pylist() if one is not None]
+        self._progress.finish.remote(
+            self._name, [], rows=len(plain), tokens=0, rejects=rejects, engine_s=0.0
         )
         mean = [None if one is None else statistics.fmean(one) for one in by_row]
         worst = [None if one is None else min(one) for one in by_row]
-        table = batch.select(["id", "is_caption", "phash"])
+        table = rows.select(["id", "is_caption", "phash"])
         table = table.append_column("clip_score", pa.array(mean, pa.float64()))
         table = table.append_column("worst_clip_score", pa.array(worst, pa.float64()))
         for name in ("reject", "reject_detail"):
-            table = table.append_column(name, batch[name])
-        yield table
+            table = table.append_column(name, rows[name])
+        return table
 
     def _scores(self, rows: list[dict[str, Any]]) -> list[list[float]]:
         if not rows:
             return []
         side = self._size
         images = [np.frombuffer(row["image"], np.uint8).reshape(side, side, 3) for row in rows]
-        return self._clip.score(images, [self._clip.pieces(row["text"]) for row in rows])
+        with self._one_at_a_time:
+            return self._clip.score(images, [self._clip.pieces(row["text"]) for row in rows])

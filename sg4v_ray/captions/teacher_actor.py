@@ -6,7 +6,6 @@ worker, and what is on its way outlives a pool that is built again. Pool actors 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,8 +14,6 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.metrics import Counter as MetricCounter
 
-from sg4v_ray.batch.loop_thread import LoopThread
-from sg4v_ray.batch.tally import Tally, keep_beating
 from sg4v_ray.captions.batches import BatchCounts, Batches, BatchLimits
 from sg4v_ray.captions.charges import Ask
 from sg4v_ray.captions.desk import Desk
@@ -28,6 +25,7 @@ from sg4v_ray.core import observe
 from sg4v_ray.core.errors import TeacherBusy
 from sg4v_ray.core.rejects import Reject
 from sg4v_ray.core.storage import Storage
+from sg4v_ray.exactly_once.part_actor import PartActor
 from sg4v_ray.inference.engine import EngineStats
 
 AT_DESK: Final = 10_000
@@ -196,31 +194,24 @@ def answer_of(reply: Reply, asked: Prompt, quality: QualityConfig, usd: float) -
     )
 
 
-class AskTeacher:
-    """Ray Data actor: brings rows to the desk and waits for their answers."""
+class AskTeacher(PartActor):
+    """Work actor that sends rows to the desk and waits for their answers."""
 
     def __init__(
-        self,
-        *,
-        desk: "ray.actor.ActorHandle[TeacherDesk]",
-        attempt: int,
-        tally: "ray.actor.ActorHandle[Tally]",
+        self, *, desk: "ray.actor.ActorHandle[TeacherDesk]", attempt: int, **part_actor: Any
     ) -> None:
-        self._desk, self._attempt, self._tally = desk, attempt, tally
-        self._loop, self._present = LoopThread("teacher"), 0
-        self._name = str(ray.get_runtime_context().get_actor_id())
-        self._loop.submit(keep_beating(tally, self._name, self._stats))
-        tally.ready.remote(self._name)
+        self._desk, self._attempt, self._waiting = desk, attempt, 0
+        super().__init__(**part_actor)
+        self._progress.ready.remote(self._name)
 
-    def _stats(self) -> EngineStats:
-        """Rows that wait at the desk, as an engine would tell them."""
-        return EngineStats(running=self._present, waiting=0, decode_steps=0)
+    def stats(self) -> EngineStats:
+        """Return the rows that wait for an answer, as an engine reports its requests."""
+        return EngineStats(running=self._waiting, waiting=0, decode_steps=0)
 
-    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        """Ask for every row that has an image; pass on the reason of every row that has none."""
-        rows = batch.to_pylist()
-        answers = await asyncio.gather(*map(self._answer, rows))
-        self._tally.finish.remote(
+    async def process(self, rows: pa.Table) -> pa.Table:
+        """Ask about every row that has an image; keep the reject of every row that has none."""
+        answers = await asyncio.gather(*map(self._answer, rows.to_pylist()))
+        self._progress.finish.remote(
             self._name,
             [],
             rows=len(answers),
@@ -228,12 +219,12 @@ class AskTeacher:
             rejects=[one.reject for one in answers if one.reject],
             engine_s=0.0,
         )
-        yield with_answers(batch, answers)
+        return with_answers(rows, answers)
 
     async def _answer(self, row: dict[str, Any]) -> TeacherAnswer:
         if row["reject"] is not None:
             return unasked(prompt(row["prompt"]), row["reject"], row["reject_detail"])
-        self._present += 1
+        self._waiting += 1
         try:
             answer: TeacherAnswer = await self._desk.caption.remote(
                 *(row[name] for name in COLUMNS), self._attempt
@@ -245,7 +236,7 @@ class AskTeacher:
                 "not paid twice, those on their way are charged in full"
             ) from error
         finally:
-            self._present -= 1
+            self._waiting -= 1
 
 
 def unasked(asked: Prompt, reject: str, detail: str | None) -> TeacherAnswer:

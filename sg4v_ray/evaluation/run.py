@@ -10,24 +10,34 @@ from functools import partial
 
 import pyarrow as pa
 
-from sg4v_ray.batch import plan
-from sg4v_ray.batch.generate import Generate, GenerateConfig, ModelSource
-from sg4v_ray.batch.pixels import ModelPixels, add_images
-from sg4v_ray.batch.stage import Stage, image_size, input_fingerprints, write_rows
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.config import content_of
 from sg4v_ray.core.fetch import FetchConfig
+from sg4v_ray.core.identity import identity_keys
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import Prediction, Question
 from sg4v_ray.core.rejects import RejectBudget
-from sg4v_ray.core.rows import read_rows
+from sg4v_ray.core.rows import read_rows, row_index
 from sg4v_ray.core.where import Where
 from sg4v_ray.evaluation.metrics import by_answer, commonest_answer_accuracy, exact_match
+from sg4v_ray.exactly_once.config import Batching, GenerateConfig, ModelSource
+from sg4v_ray.exactly_once.generate import Generate
+from sg4v_ray.exactly_once.pixels import ModelPixels, add_images
+from sg4v_ray.exactly_once.plan import ActorStep
+from sg4v_ray.exactly_once.stage import Stage, image_size, input_fingerprints, write_rows
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.geometry import Geometry
 
 
+@identity_keys(
+    "EvaluateConfig",
+    excluded=("budget",),
+    generate="generate",
+    geometry="geometry",
+    images="images",
+    budget="budget",
+)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """How the questions are asked."""
@@ -53,10 +63,11 @@ def predict(
     model: Ref,
     out: Ref,
     where: Where,
-    flow: plan.Flow,
+    batching: Batching,
 ) -> Manifest:
     """Write `out`, an answer or a reason for every question; resume it if it was begun."""
     storage = where.storage
+    asked, inputs = find(storage, questions), input_fingerprints(storage, model)
     pixels = ModelPixels(size=image_size(storage, model), geometry=config.geometry)
     kwargs = {
         "model": ModelSource(root=where.root, ref=model),
@@ -69,17 +80,18 @@ def predict(
     stage = Stage(
         out=out,
         identity={"evaluate": content_of(config), "engine": engine.identity},
-        inputs=input_fingerprints(storage, questions, model),
-        index=storage.sub(f"{questions.path}/rows"),
-        work=lambda attempt: plan.Work(
+        inputs={str(questions): asked.fingerprint, **inputs},
+        index=row_index(storage, questions, asked),
+        step=lambda attempt: ActorStep(
             actor=Generate,
             kwargs={**kwargs, "attempt": attempt},
             prepare=partial(prepare, limits=config.images, pixels=pixels),
             record=Prediction,
+            capacity=engine.capacity,
         ),
         budget=config.budget,
     )
-    return write_rows(stage, flow=flow, where=where)
+    return write_rows(stage, batching=batching, where=where)
 
 
 def score(
@@ -113,10 +125,10 @@ def score(
                 config=config,
                 inputs=inputs,
                 counts=counts,
-                facts=facts,
+                metrics=facts,
                 lease=lease,
             )
     manifest = find(storage, out)
-    figures = {**manifest.facts, **manifest.counts}
+    figures = {**manifest.metrics, **manifest.counts}
     storage.put(report, (json.dumps(figures, indent=1) + "\n").encode())
     return manifest

@@ -14,8 +14,6 @@ The learning rates, batches and steps are ours, found by trial on drawn images.
 from dataclasses import replace
 from typing import Any
 
-from sg4v_ray.batch.generate import GenerateConfig
-from sg4v_ray.batch.plan import Flow
 from sg4v_ray.captions.bulk import BulkConfig
 from sg4v_ray.captions.choose import SampleConfig, Share
 from sg4v_ray.captions.collect import CollectConfig
@@ -25,6 +23,7 @@ from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.rate import Limits
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart, QuestionsPart
 from sg4v_ray.evaluation.run import EvaluateConfig
+from sg4v_ray.exactly_once.config import Batching, GenerateConfig
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.config import nano
@@ -63,7 +62,7 @@ WHOLE = FreezePlan(projector=True, language_model=True, vision_from_block=0, vis
 TOWER_FROZEN = FreezePlan(projector=True, language_model=True, vision_from_block=None)
 
 ENGINE = EngineConfig(kind="hf", dtype="float32", capacity=64, max_model_len=512)
-FLOW = Flow(rows_per_block=500, batch_size=32, batches_in_flight=4)
+BATCHING = Batching(rows_per_part=500, rows_per_task=32)
 
 
 def _stage(kind: StageKind, **changes: Any) -> StageConfig:
@@ -103,7 +102,7 @@ def caption_step(images: Ref, captioner: Ref, out: Ref) -> CaptionStep:
         images=images,
         captioner=captioner,
         out=out,
-        flow=FLOW,
+        batching=BATCHING,
     )
 
 
@@ -125,7 +124,7 @@ def _evaluate_step(model: Ref, suffix: str) -> EvaluateStep:
         out=Ref(name=f"predictions{suffix}"),
         scores=Ref(name=f"scores{suffix}"),
         report=f"scores{suffix}.json",
-        flow=FLOW,
+        batching=BATCHING,
     )
 
 
@@ -190,7 +189,7 @@ def easy_vqa() -> Line:
             local_teacher=True,
             images=TRAIN_IMAGES,
             out=TEACHER_CAPTIONS,
-            flow=FLOW,
+            batching=BATCHING,
         ),
         datasets=_datasets(),
         align=TrainStep(

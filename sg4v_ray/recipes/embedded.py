@@ -42,5 +42,5 @@ def install_captioner(storage: Storage) -> Ref:
         return CAPTIONER
     storage.upload(folder() / _MODEL, f"{CAPTIONER.path}/{_MODEL}")
     renamed = {**manifest, "name": CAPTIONER.name, "version": CAPTIONER.version}
-    storage.put(f"{CAPTIONER.path}/{MANIFEST}", (json.dumps(renamed, indent=1) + "\n").encode())
+    storage.create(f"{CAPTIONER.path}/{MANIFEST}", (json.dumps(renamed, indent=1) + "\n").encode())
     return CAPTIONER

@@ -6,7 +6,6 @@ A recipe is one value of `Line`. Steps are joined by artifact names only.
 
 from dataclasses import dataclass
 
-from sg4v_ray.batch.plan import Flow
 from sg4v_ray.captions.batches import BatchLimits
 from sg4v_ray.captions.bulk import BulkConfig
 from sg4v_ray.captions.collect import CollectConfig, Mode
@@ -17,6 +16,7 @@ from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.dataset.build import BuildConfig
 from sg4v_ray.dataset.mixture import MixConfig
 from sg4v_ray.evaluation.run import EvaluateConfig
+from sg4v_ray.exactly_once.config import Batching
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.sources.index import IndexConfig, QuestionsConfig
 from sg4v_ray.training.config import Fresh, StageConfig
@@ -47,15 +47,12 @@ class CollectStep:
     endpoint: Endpoint
     images: Ref
     out: Ref
-    flow: Flow = Flow()
+    batching: Batching = Batching()
     mode: Mode = "online"
     """`batch`: the provider's Batch API first, at half the price; what it leaves, online."""
     batch: BatchLimits = BatchLimits()
     local_teacher: bool = False
     """Start the recipe's own teacher on this machine and ask that one."""
-
-    def __post_init__(self) -> None:
-        self.flow.check_fills(self.endpoint.limits.in_flight, "--endpoint.limits.in-flight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,10 +98,7 @@ class CaptionStep:
     images: Ref
     captioner: Ref
     out: Ref
-    flow: Flow = Flow()
-
-    def __post_init__(self) -> None:
-        self.flow.check_fills(self.engine.capacity)
+    batching: Batching = Batching()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +108,7 @@ class ScoreStep:
     config: ScoreConfig
     captions: Ref
     out: Ref
-    flow: Flow = Flow()
+    batching: Batching = Batching()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,10 +125,7 @@ class EvaluateStep:
     scores: Ref
     report: str
     """File below the root that gets the figures as JSON."""
-    flow: Flow = Flow()
-
-    def __post_init__(self) -> None:
-        self.flow.check_fills(self.engine.capacity)
+    batching: Batching = Batching()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,11 +9,11 @@ was run on GPUs yet.
 
 from typing import Final
 
-from sg4v_ray.batch.generate import GenerateConfig
 from sg4v_ray.captions.bulk import BulkConfig
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart
 from sg4v_ray.dataset.conversations import JsonPart, MixPart
+from sg4v_ray.exactly_once.config import GenerateConfig
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.model.instructions import UNIFIED

@@ -3,7 +3,6 @@
 
 from typing import Final
 
-from sg4v_ray.batch.plan import Flow
 from sg4v_ray.captions.choose import SampleConfig, Share
 from sg4v_ray.captions.collect import CollectConfig
 from sg4v_ray.captions.prompts import (
@@ -19,6 +18,7 @@ from sg4v_ray.captions.teacher import Endpoint, TeacherConfig
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.price import PriceTable
 from sg4v_ray.core.rate import Limits
+from sg4v_ray.exactly_once.config import Batching
 from sg4v_ray.recipes.line import CollectStep
 from sg4v_ray.sources.catalogue import PaperSourceName
 
@@ -65,7 +65,7 @@ def collect_step(images: Ref, sample: SampleConfig) -> CollectStep:
         ),
         images=images,
         out=Ref(name="teacher-captions"),
-        flow=Flow(rows_per_block=256, batch_size=32, batches_in_flight=4),
+        batching=Batching(rows_per_part=256, rows_per_task=32),
     )
 
 

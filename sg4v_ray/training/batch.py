@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sg4v_ray.batch.pixels import load_image
 from sg4v_ray.core.images import ImageLimits, Rejected
 from sg4v_ray.core.records import Sample
+from sg4v_ray.exactly_once.pixels import load_image
 from sg4v_ray.inference.engine import Pixels
 from sg4v_ray.model.conversation import IGNORE, Conversation
 from sg4v_ray.model.geometry import Geometry, as_model_sees

@@ -7,9 +7,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Final
 
-from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.where import TrackerKind
+from sg4v_ray.exactly_once.config import ModelSource
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.loop import LASTING

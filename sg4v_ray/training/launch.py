@@ -20,14 +20,14 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
-from sg4v_ray.batch.room import grown_resources
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit, find, is_finished
 from sg4v_ray.core.config import content_of, load, to_plain
 from sg4v_ray.core.errors import ConfigError, ContractError, Sg4vError, WorkersLost
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where, seconds_of
+from sg4v_ray.exactly_once.capacity import max_cluster_resources
+from sg4v_ray.exactly_once.config import MODEL_FOLDER, ModelSource
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.training import checkpoint, signals, tracker
 from sg4v_ray.training.config import PLACED, Fresh, StageConfig
@@ -82,6 +82,8 @@ def run(
     _check(job, where)
     home = begin(storage, out, identity, inputs=inputs)
     with Receiver().receiving() as receiver, hold(home) as lease:
+        if is_finished(storage, out, config=identity, inputs=inputs):  # since the first check
+            return find(storage, out)
         home.put(TOKENIZER, _tokenizer(storage, start))
         if config.length_window:
             _measure(job, home)
@@ -99,7 +101,7 @@ def run(
             inputs=inputs,
             counts=_counts(outcome),
             digests=outcome.digests,
-            facts=facts,
+            metrics=facts,
             lease=lease,
         )
     for spent in (checkpoint.FOLDER, signals.FOLDER, _RAY):
@@ -165,11 +167,11 @@ def model_config(manifest: Manifest) -> ModelConfig:
     Raises:
         ContractError: the job that made it did not write it down.
     """
-    found = manifest.facts.get(_MODEL_FACT)
+    found = manifest.metrics.get(_MODEL_FACT)
     if not isinstance(found, Mapping):
         raise ContractError(
             f"{manifest.name}@{manifest.version} does not say what shape its model has; commit "
-            f"it with facts={{'{_MODEL_FACT}': to_plain(model_config)}}"
+            f"it with metrics={{'{_MODEL_FACT}': to_plain(model_config)}}"
         )
     return load(ModelConfig, found)
 
@@ -202,7 +204,7 @@ def _check(job: Job, where: Where) -> None:
 
 def _check_cluster(where: Where) -> None:
     """Raise ConfigError if the workers do not fit; Ray would wait for ever, without a word."""
-    have, now = grown_resources(), ray.cluster_resources()
+    have, now = max_cluster_resources(), ray.cluster_resources()
     workers = where.min_train_workers or where.train_workers
     need = {"CPU": where.worker_cpus, "GPU": 1.0 if where.train_gpu else 0.0}
     # Nodes that do not exist yet are not looked at one by one; those that do hold whole workers.

@@ -20,10 +20,10 @@ from ray.train.v2._internal.execution import context as train_context
 from ray.util.metrics import Gauge
 from torch import Tensor
 
-from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
 from sg4v_ray.core import observe
 from sg4v_ray.core.config import to_plain
 from sg4v_ray.core.storage import Storage
+from sg4v_ray.exactly_once.config import MODEL_FOLDER, ModelSource
 from sg4v_ray.model import weights
 from sg4v_ray.model.conversation import Conversation, chat_template
 from sg4v_ray.model.freeze import freeze

@@ -77,10 +77,10 @@ def test_a_run_that_loses_a_node_goes_on_with_one_worker_and_learns_the_same(
     cluster.remove_node(lost, allow_graceful=False)
     assert driver.wait() == 0, (tmp_path / "said").read_text()
     expected, got = find(site.storage, undisturbed), find(site.storage, ref)
-    assert len(got.facts["resumed_at"]) == 1
+    assert len(got.metrics["resumed_at"]) == 1
     for name in expected.counts.keys() - {"tokens"}:  # those of the rows that weigh nothing differ
         assert got.counts[name] == expected.counts[name], name
-    assert got.facts["losses"] == pytest.approx(expected.facts["losses"], rel=1e-3, abs=1e-3)
+    assert got.metrics["losses"] == pytest.approx(expected.metrics["losses"], rel=1e-3, abs=1e-3)
 
 
 def test_a_run_grows_when_a_node_comes_and_saves_before(

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from sg4v_ray.core.artifact import Ref, begin, commit, find
+from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.errors import ConfigError, ContractError
-from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import CaptionRow, ScoreRow
-from sg4v_ray.core.rows import ROWS, put_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset import build
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart
 from sg4v_ray.dataset.filter import CaptionFilter, left_out
+from tests.row_artifacts import finish_rows
 
 CAPTIONS, SCORES = Ref(name="captions"), Ref(name="scores")
 FAR = {"a": 0x00000000FFFFFFFF, "b": 0xFFFFFFFF00000000, "c": 0x0F0F0F0F0F0F0F0F}
@@ -52,9 +51,7 @@ def storage(tmp_path: Path) -> Storage:
 
 
 def finish(storage: Storage, ref: Ref, record: type, rows: list, **inputs: str) -> None:
-    put_rows(storage.sub(ref.path), f"{ROWS}/part-0.parquet", record, rows)
-    with hold(begin(storage, ref, {}, inputs=inputs)) as lease:
-        commit(storage, ref, config={}, inputs=inputs, counts={}, attempts=(ROWS,), lease=lease)
+    finish_rows(storage, ref, record, rows, inputs=inputs)
 
 
 def write(storage: Storage, scores: list[ScoreRow]) -> None:

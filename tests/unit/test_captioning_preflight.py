@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from sg4v_ray.batch.stage import Stage
 from sg4v_ray.captions import bulk
 from sg4v_ray.captions.bulk import BulkConfig
 from sg4v_ray.captions.quality import QualityConfig
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.errors import ArtifactMissing, ConfigError
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.stage import Stage
 from sg4v_ray.inference.engine import PUBLISHED_DECODING
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.recipes.catalogue import RECIPES
@@ -56,12 +56,3 @@ def test_a_language_that_nobody_can_tell_is_refused(tmp_path: Path) -> None:
     unknown = replace(config(), quality=QualityConfig(language="xx"))
     with pytest.raises(ConfigError, match="language 'xx' is not one of"):
         stage(unknown, EngineConfig(kind="hf"), tmp_path)
-
-
-def test_an_engine_larger_than_what_flows_into_it_is_refused() -> None:
-    step = RECIPES["demo"]().caption
-    assert step is not None
-    with pytest.raises(
-        ConfigError, match=r"= 128 rows, fewer than --engine\.capacity 256; .* least 8"
-    ):
-        replace(step, engine=replace(step.engine, capacity=256))

@@ -9,14 +9,13 @@ import pytest
 
 from sg4v_ray.analysis.captioning import write_report
 from sg4v_ray.captions.export import export, image_of
-from sg4v_ray.core.artifact import Ref, begin, commit
-from sg4v_ray.core.lease import hold
+from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.llava_json import read_records
 from sg4v_ray.core.records import CaptionRow
-from sg4v_ray.core.rows import put_rows
 from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.core.where import Where
 from sg4v_ray.sources import shapes
+from tests.row_artifacts import finish_rows
 
 CAPTIONS = Ref(name="captions")
 
@@ -41,15 +40,13 @@ def where(tmp_path: Path) -> Where:
     image = tmp_path / "data" / "a.png"
     image.parent.mkdir()
     shapes.draw(3).save(image)
-    home = begin(where.storage, CAPTIONS, {})
+    home = where.storage.sub(CAPTIONS.path)
     first = [
         row("a.png", str(image), "A red circle <b>"),
         row("b.png", str(image), None, "missing"),
         row("c.png", str(image), None, "missing"),
     ]
-    put_rows(home.sub("rows/attempt-0001"), "x.parquet", CaptionRow, first)
     second = [row("c.png", "/nowhere/x/c.png", "A blue triangle")]
-    put_rows(home.sub("rows/attempt-0002"), "x.parquet", CaptionRow, second)
     home.put(
         "curves/1.json",
         json.dumps(
@@ -59,17 +56,7 @@ def where(tmp_path: Path) -> Where:
             ]
         ).encode(),
     )
-    with hold(home) as lease:
-        commit(
-            where.storage,
-            CAPTIONS,
-            config={},
-            inputs={},
-            counts={"rows": 3},
-            attempts=("rows/attempt-0001", "rows/attempt-0002"),
-            facts={"rows_per_s": 12.5},
-            lease=lease,
-        )
+    finish_rows(where.storage, CAPTIONS, CaptionRow, first, second, metrics={"rows_per_s": 12.5})
     return where
 
 

@@ -16,16 +16,15 @@ from sg4v_ray.captions.ledger import Ledger, Sent
 from sg4v_ray.captions.prompts import prompt
 from sg4v_ray.captions.session import LEDGER
 from sg4v_ray.captions.teacher import Endpoint, Reply, TeacherConfig, asked_key
-from sg4v_ray.core.artifact import Ref, begin, commit
+from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.errors import ConfigError
-from sg4v_ray.core.lease import hold
 from sg4v_ray.core.price import PriceTable
 from sg4v_ray.core.rate import Limits
 from sg4v_ray.core.records import ImageRow
-from sg4v_ray.core.rows import ROWS, put_rows
 from sg4v_ray.core.sampling import HoldOut, draw, sample
 from sg4v_ray.core.where import Where
 from sg4v_ray.recipes.teacher import PAPER_SAMPLE
+from tests.row_artifacts import finish_rows
 from tests.teacher.desk_site import picture
 
 pytestmark = pytest.mark.teacher
@@ -132,12 +131,7 @@ def where(tmp_path: Path) -> Where:
         file.write_bytes(picture(number, size=(600, 600)))
         source = "coco" if number < 20 else "wikiart"
         rows.append(ImageRow(id=str(number), source=source, uri=str(file), size_bytes=1))
-    home = begin(where.storage, IMAGES, {})
-    put_rows(home, f"{ROWS}/part-0.parquet", ImageRow, rows)
-    with hold(home) as lease:
-        commit(
-            where.storage, IMAGES, config={}, inputs={}, counts={}, attempts=(ROWS,), lease=lease
-        )
+    finish_rows(where.storage, IMAGES, ImageRow, rows)
     return where
 
 

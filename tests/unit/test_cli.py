@@ -36,6 +36,19 @@ VERBS = (
 )
 
 
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--flow.rows-per-block=9", r"--flow.rows-per-block is now --batching.rows-per-part"),
+        ("--caption.flow.batch_size", "is now --caption.batching.rows-per-task"),
+        ("--flow.batches-in-flight", "no longer exists: .*Remove the flag"),
+    ],
+)
+def test_a_renamed_flag_names_its_successor(flag: str, answer: str) -> None:
+    with pytest.raises(ConfigError, match=answer):
+        _cli.parse("doc", lambda line: line.caption, ["demo", flag, "9"])
+
+
 def test_the_listing_has_a_line_for_every_verb_and_recipe() -> None:
     text = listing()
     for name in (*VERBS, *RECIPES):

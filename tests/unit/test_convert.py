@@ -176,7 +176,7 @@ def test_the_job_makes_an_artifact_from_which_training_can_start(
     import_weights.run()
     assert capsys.readouterr().out.startswith("tiny@v1: ")
     manifest = load(Manifest, json.loads((tmp_path / "runs/tiny/v1/manifest.json").read_text()))
-    assert manifest.facts["vision_tower_sha256"] == convert.tower_sha256(tower)
+    assert manifest.metrics["vision_tower_sha256"] == convert.tower_sha256(tower)
     shape = model_config(manifest)
     rows = len(language["lm_head.weight"])
     assert (shape.image_token_id, shape.pad_token_id) == (rows, rows + 1)
@@ -184,7 +184,7 @@ def test_the_job_makes_an_artifact_from_which_training_can_start(
     assert set(manifest.inputs) == {"source", "vision_tower"}
 
     model = weights.load(tmp_path / "runs/tiny/v1/model", dtype="float32")
-    assert convert.tower_sha256(model.state_dict()) == manifest.facts["vision_tower_sha256"]
+    assert convert.tower_sha256(model.state_dict()) == manifest.metrics["vision_tower_sha256"]
     embedding = model.state_dict()["model.language_model.embed_tokens.weight"]
     assert len(embedding) == shape.vocab_size == convert.padded_rows(rows)
     old = language["model.embed_tokens.weight"]

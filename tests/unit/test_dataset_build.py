@@ -6,13 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from sg4v_ray.core.artifact import Ref, begin, commit
+from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.errors import ArtifactMissing, ConfigError, ContractError
-from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import CaptionRow, Question, Sample, from_table
-from sg4v_ray.core.rows import ROWS, put_rows
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart, QuestionsPart, run, shrink
+from tests.row_artifacts import finish_rows
 
 CAPTIONS, QUESTIONS, OUT = Ref(name="captions"), Ref(name="questions"), Ref(name="data")
 
@@ -44,12 +43,7 @@ def where(tmp_path: Path) -> Where:
         for n in range(6)
     ]
     for ref, record, rows in ((CAPTIONS, CaptionRow, captions), (QUESTIONS, Question, questions)):
-        home = begin(where.storage, ref, {})
-        put_rows(home, f"{ROWS}/part-0.parquet", record, rows)
-        with hold(home) as lease:
-            commit(
-                where.storage, ref, config={}, inputs={}, counts={}, attempts=(ROWS,), lease=lease
-            )
+        finish_rows(where.storage, ref, record, rows)
     return where
 
 

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sg4v_ray.batch.pixels import read_images
 from sg4v_ray.core import image_bytes
 from sg4v_ray.core.errors import ConfigError, ContractError, StorageError
 from sg4v_ray.core.fetch import FetchConfig
@@ -17,6 +16,7 @@ from sg4v_ray.core.images import ImageLimits, Rejected
 from sg4v_ray.core.location import parse
 from sg4v_ray.core.rejects import Reject
 from sg4v_ray.core.storage import Storage
+from sg4v_ray.exactly_once.pixels import read_images
 
 LIMITS = ImageLimits()
 MISSING, NOT_READABLE = Reject.MISSING, Reject.NOT_READABLE

@@ -13,8 +13,8 @@ REPO = Path(__file__).parents[2]
 LIGHT = (
     "jobs.caption_images",
     "jobs.run_all",
-    "sg4v_ray.batch.generate",
-    "sg4v_ray.batch.pixels",
+    "sg4v_ray.exactly_once.generate",
+    "sg4v_ray.exactly_once.pixels",
     "sg4v_ray.inference.fake",
     "sg4v_ray.inference.open",
     "sg4v_ray.recipes.catalogue",

@@ -9,15 +9,14 @@ import pytest
 
 from sg4v_ray.analysis.review import IDS, PAGE, write_review
 from sg4v_ray.captions.prompts import prompt
-from sg4v_ray.core.artifact import Ref, begin, commit
+from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.images import ImageLimits
-from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import Sample, TeacherCaptionRow, from_table
-from sg4v_ray.core.rows import ROWS, put_rows
 from sg4v_ray.core.sampling import HoldOut
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset.build import BuildConfig, CaptionsPart, run
+from tests.row_artifacts import finish_rows
 from tests.teacher.desk_site import picture
 
 pytestmark = pytest.mark.teacher
@@ -51,12 +50,7 @@ def row(number: int, source: str, folder: Path) -> TeacherCaptionRow:
 def where(tmp_path: Path) -> Where:
     where = Where(root=str(tmp_path / "root"), progress=False)
     rows = [row(n, "coco" if n < 10 else "sam", tmp_path) for n in range(20)]
-    home = begin(where.storage, CAPTIONS, {})
-    put_rows(home, f"{ROWS}/part-0.parquet", TeacherCaptionRow, rows)
-    with hold(home) as lease:
-        commit(
-            where.storage, CAPTIONS, config={}, inputs={}, counts={}, attempts=(ROWS,), lease=lease
-        )
+    finish_rows(where.storage, CAPTIONS, TeacherCaptionRow, rows)
     return where
 
 

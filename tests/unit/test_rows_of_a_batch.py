@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sg4v_ray.batch.generate import judge
-from sg4v_ray.batch.pixels import load_image
 from sg4v_ray.core.config import content_of, fingerprint
 from sg4v_ray.core.images import ImageLimits, Rejected
 from sg4v_ray.core.rejects import Reject, RejectBudget
+from sg4v_ray.exactly_once.generate import judge
+from sg4v_ray.exactly_once.pixels import load_image
 from sg4v_ray.inference.engine import Completion
 from sg4v_ray.recipes.catalogue import RECIPES
 

@@ -305,7 +305,7 @@ def test_images_that_a_llava_json_names_and_nobody_has_are_told_before_any_gpu_i
         index(where, source)
     rows = index(where, source, allow_incomplete=True)
     assert len(rows) == 3
-    assert find(where.storage, IMAGES).facts["completeness"] == {"llava": [1, 3]}
+    assert find(where.storage, IMAGES).metrics["completeness"] == {"llava": [1, 3]}
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", ["a.jpg"], "../secret.jpg", "a/../../b.jpg"])

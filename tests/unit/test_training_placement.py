@@ -43,7 +43,7 @@ def _cluster(
         now.update(one)  # type: ignore[arg-type]
     patch.setattr(launch.ray, "cluster_resources", lambda: dict(now))
     patch.setattr(launch.ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
-    patch.setattr(launch, "grown_resources", lambda: most or dict(now))
+    patch.setattr(launch, "max_cluster_resources", lambda: most or dict(now))
 
 
 def test_a_worker_needs_its_cpus_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from sg4v_ray.core.artifact import Ref, begin, commit, find
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import ImageRow
-from sg4v_ray.core.rows import ROWS, put_rows, read_columns
+from sg4v_ray.core.row_files import read_table
+from sg4v_ray.core.rows import ROWS, put_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.recipes.easy_vqa import CAPTIONS, TEST_IMAGES
 from sg4v_ray.sources import shapes
@@ -24,7 +25,7 @@ from sg4v_ray.sources import shapes
 T = TypeVar("T")
 
 CAPTIONER = Ref(name="fake-captioner")
-ROWS_PER_BLOCK = 20
+ROWS_PER_PART = 20
 FLAGS = (
     "demo",
     f"--captioner.name={CAPTIONER.name}",
@@ -32,8 +33,8 @@ FLAGS = (
     "--engine.latency-s=0.02",  # a caption takes about a second: time to be killed
     "--engine.capacity=16",
     "--engine.max-model-len=512",
-    f"--flow.rows-per-block={ROWS_PER_BLOCK}",
-    "--flow.batch-size=8",
+    f"--batching.rows-per-part={ROWS_PER_PART}",
+    "--batching.rows-per-task=8",
     "--config.quality.min-words=1",
     "--where.no-progress",
 )
@@ -42,7 +43,7 @@ KILLED_AT_COMMIT = (
     "-c",
     "import os, signal, sys\n"
     "import jobs.caption_images as job\n"
-    "from sg4v_ray.batch import stage\n"
+    "from sg4v_ray.exactly_once import stage\n"
     "stage.commit = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n"
     "job.run()\n",
 )
@@ -116,14 +117,16 @@ class Site:
         return Driver(argv, self.logs / f"{time.monotonic_ns()}.log", self.environment)
 
     def captioned(self) -> list[str]:
-        """Return the ids of all rows that were written."""
-        rows = self.storage.sub(f"{CAPTIONS.path}/{ROWS}")
-        return list(read_columns(rows, ["id"])["id"].to_pylist())
+        """Return the ids of all rows that the manifest lists."""
+        artifact_dir, ids = self.storage.sub(CAPTIONS.path), []
+        for file in find(self.storage, CAPTIONS).files:
+            ids += read_table(artifact_dir, file.path, ["id"])["id"].to_pylist()
+        return ids
 
     def committed(self) -> int:
-        """Count the rows of finished blocks: files of rows may be half written, notes are not."""
-        notes = self.storage.sub(f"{CAPTIONS.path}/checkpoint-0001").list()
-        return ROWS_PER_BLOCK * sum(1 for path in notes if not path.endswith(".pending.parquet"))
+        """Count the rows of committed parts."""
+        parts = self.storage.sub(f"{CAPTIONS.path}/{ROWS}/attempt-0001").list()
+        return ROWS_PER_PART * sum(1 for path in parts if path.endswith(".parquet"))
 
     def check_exactly_once(self) -> None:
         """Assert that every id of the index is in the output once, and the manifest says so."""
@@ -156,8 +159,8 @@ def make_site(
 
 def write_index(storage: Storage, rows: list[ImageRow]) -> None:
     """Write some rows as the demo's index."""
-    put_rows(storage.sub(TEST_IMAGES.path), f"{ROWS}/part-0.parquet", ImageRow, rows)
-    finish(storage, TEST_IMAGES, attempts=(ROWS,))
+    file = put_rows(storage.sub(TEST_IMAGES.path), f"{ROWS}/part-0.parquet", ImageRow, rows)
+    finish(storage, TEST_IMAGES, attempts=(ROWS,), files=(file,))
 
 
 def finish(storage: Storage, ref: Ref, **fields: Any) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 from sg4v_ray.captions.session import LOST
 from sg4v_ray.core.artifact import Manifest, Ref, find
 from sg4v_ray.core.records import ImageRow, TeacherCaptionRow
-from sg4v_ray.core.rows import ROWS, put_rows, read_rows
+from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.storage import Storage
+from tests.row_artifacts import finish_rows
 from tests.teacher.desk_site import KEY, picture
 from tests.teacher_server.running import Running
-from tests.with_ray.caption_site import Driver, finish
+from tests.with_ray.caption_site import Driver
 
 IMAGES, OUT = Ref(name="images"), Ref(name="teacher-captions")
 KEY_VARIABLE = "A_TEACHERS_KEY"
@@ -30,9 +31,8 @@ FLAGS = (
     "--endpoint.limits.in-flight=64",
     "--config.budget.max-reject-rate=0.5",
     "--config.teacher.model=gpt-4o",
-    "--flow.rows-per-block=100",
-    "--flow.batch-size=16",
-    "--flow.batches-in-flight=8",
+    "--batching.rows-per-part=100",
+    "--batching.rows-per-task=16",
     "--where.engine-cpus=0.5",
     "--where.no-progress",
 )
@@ -110,8 +110,7 @@ def make_collect_site(tmp_path: Path, provider: Running, num_images: int) -> Col
                 size_bytes=file.stat().st_size,
             )
         )
-    put_rows(storage.sub(IMAGES.path), f"{ROWS}/part-0.parquet", ImageRow, rows)
-    finish(storage, IMAGES, attempts=(ROWS,))
+    finish_rows(storage, IMAGES, ImageRow, rows)
     logs = tmp_path / "logs"
     logs.mkdir()
     return CollectSite(storage, provider, logs, num_images)

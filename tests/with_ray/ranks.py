@@ -18,8 +18,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any, TypeVar
 
-from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Ref
+from sg4v_ray.exactly_once.config import ModelSource
 from sg4v_ray.training.config import StageConfig
 from sg4v_ray.training.progress import Progress
 from tests.waiting import free_port

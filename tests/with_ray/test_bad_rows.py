@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 
 from jobs import _steps
-from sg4v_ray.batch.plan import Flow
 from sg4v_ray.captions.quality import QualityConfig
-from sg4v_ray.core.errors import ArtifactMissing, ConfigError, TooManyRejects
+from sg4v_ray.core.errors import ArtifactDrift, ArtifactMissing, ConfigError, TooManyRejects
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import CaptionRow, ImageRow
 from sg4v_ray.core.rejects import Reject, RejectBudget
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.config import Batching
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.recipes.catalogue import RECIPES
 from sg4v_ray.recipes.line import CaptionStep
@@ -53,8 +53,8 @@ def captioning(*, max_reject_rate: float = 0.9, poison: int | None = None) -> Ca
         images=ImageLimits(max_bytes=200_000, max_pixels=1_000_000),
     )
     engine = EngineConfig(kind="fake", max_model_len=512, capacity=8, latency_s=0.01, poison=poison)
-    flow = Flow(rows_per_block=50, batch_size=8, batches_in_flight=2)
-    return replace(step, config=config, engine=engine, captioner=CAPTIONER, flow=flow)
+    batching = Batching(rows_per_part=50, rows_per_task=8)
+    return replace(step, config=config, engine=engine, captioner=CAPTIONER, batching=batching)
 
 
 def index(where: Where, files: list[Path]) -> None:
@@ -109,11 +109,32 @@ def test_rejects_are_tried_again_by_reason_and_the_newest_answer_counts(
     assert second.counts["rows"] == 5
     assert second.counts["rejected"] == 1
     assert second.fingerprint != first.fingerprint
-    assert second.facts == first.facts  # how fast the job was, not the retry of a row
+    assert second.metrics == first.metrics  # how fast the job was, not the retry of a row
+    assert _steps.retry_rejects(step, ("missing",), where) == second  # as after a lost exit code
     rows = captions(where, step)
     assert rows["1.png"].text
     assert rows["2.png"].reject == Reject.NOT_AN_IMAGE
     assert _steps.caption_images(step, where) == second  # finished: opened and not made again
+
+
+def test_a_retry_may_raise_a_limit_and_records_it(where: Where, tmp_path: Path) -> None:
+    Image.new("RGB", (1200, 1000)).save(tmp_path / "large.png")
+    index(where, [tmp_path / "large.png", plain(tmp_path / "small.png", 3)])
+    step = captioning()
+    assert _steps.caption_images(step, where).counts["rejected_too_many_pixels"] == 1
+    images = replace(step.config.images, max_pixels=2_000_000)
+    higher = replace(step, config=replace(step.config, images=images))
+    with pytest.raises(ArtifactDrift, match=r"max_pixels: 1000000 there, 2000000 here"):
+        _steps.caption_images(higher, where)
+    other = replace(higher, config=replace(higher.config, geometry="square"))
+    with pytest.raises(ArtifactDrift, match="geometry"):
+        _steps.retry_rejects(other, (), where)
+    done = _steps.retry_rejects(higher, ("too_many_pixels",), where)
+    assert done.counts["rejected"] == 0
+    limits = {"captions.images.max_pixels": 2_000_000}
+    assert done.raised_limits == {"rows/attempt-0002": limits}
+    assert {row.reject for row in captions(where, step).values()} == {None}
+    assert _steps.caption_images(step, where) == done
 
 
 def good_bytes(rng: random.Random, kind: str) -> bytes:

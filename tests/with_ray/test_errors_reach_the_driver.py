@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from sg4v_ray.batch.plan import Flow
 from sg4v_ray.captions import collect
 from sg4v_ray.captions.choose import SampleConfig, Share
 from sg4v_ray.captions.collect import CollectConfig
@@ -17,6 +16,7 @@ from sg4v_ray.captions.teacher import Endpoint, TeacherConfig
 from sg4v_ray.core.artifact import Ref
 from sg4v_ray.core.errors import TeacherUnusable
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.config import Batching
 from sg4v_ray.sources import index, shapes
 from sg4v_ray.sources.folder import Folder
 from sg4v_ray.sources.index import IndexConfig
@@ -67,6 +67,6 @@ def test_a_wrong_key_is_told_as_such(locked_teacher: str, tmp_path: Path) -> Non
             images=images,
             out=Ref(name="teacher-captions"),
             where=where,
-            flow=Flow(),
+            batching=Batching(),
         )
     assert "Traceback" not in str(caught.value)

@@ -1,33 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the plan promises about where its steps run and how much it holds at once."""
 
-import json
 import os
-import threading
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pytest
 
 from jobs import _steps
-from jobs._bench_memory import by_process, object_store_mb
-from sg4v_ray.batch import plan
-from sg4v_ray.batch.plan import Flow, Work
-from sg4v_ray.batch.watch import STATUS
+from jobs._bench_memory import Watcher
 from sg4v_ray.captions.quality import QualityConfig
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import ImageRow
-from sg4v_ray.core.rows import put_rows, read_columns
+from sg4v_ray.core.row_files import RowIndex, read_table
+from sg4v_ray.core.rows import put_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once import plan
+from sg4v_ray.exactly_once.config import Batching
+from sg4v_ray.exactly_once.part_actor import PartActor
+from sg4v_ray.exactly_once.plan import ActorStep, Attempt
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.recipes.catalogue import RECIPES
-from tests.with_ray.caption_site import CAPTIONER, make_site, processes
+from tests.with_ray.caption_site import CAPTIONER, make_site
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -47,143 +45,80 @@ def prepare(table: pa.Table) -> pa.Table:
     return table.select(["id"]).append_column("prepared", pa.array([os.getpid()] * len(table)))
 
 
-class Worker:
+class Worker(PartActor):
     """The smallest work actor."""
 
-    def __init__(self, *, tally: Any) -> None:
-        self._tally = tally
-
-    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        size = len(batch)
+    async def process(self, rows: pa.Table) -> pa.Table:
+        size = len(rows)
         for name, values in (
             ("worked", pa.array([os.getpid()] * size)),
             ("num_tokens", pa.array([0] * size)),
             ("reject", pa.nulls(size, pa.string())),
         ):
-            batch = batch.append_column(name, values)
-        self._tally.finish.remote("w", [], rows=size, tokens=0, rejects=[], engine_s=0.0)
-        yield batch
+            rows = rows.append_column(name, values)
+        self._progress.finish.remote("w", [], rows=size, tokens=0, rejects=[], engine_s=0.0)
+        return rows
 
 
-def send(storage: Storage, where: Where) -> None:
-    """Run the plan over what the index has now."""
-    home = storage.sub("out/v1")
-    with hold(home) as lease:
-        plan.run(
-            index=storage.sub("index"),
-            home=home,
-            attempt=1,
-            work=Work(actor=Worker, kwargs={}, prepare=prepare, record=Pids),
-            flow=Flow(),
-            where=where,
-            lease=lease,
+def index_of(storage: Storage, rows: int) -> RowIndex:
+    """Write an index of 20 rows a file."""
+    records = [ImageRow(id=str(n), source="s", uri="/x", size_bytes=1) for n in range(rows)]
+    files = tuple(
+        put_rows(storage.sub("index"), f"{first}.parquet", ImageRow, records[first : first + 20])
+        for first in range(0, rows, 20)
+    )
+    return RowIndex(folder=storage.sub("index"), files=files)
+
+
+def send(storage: Storage, where: Where, rows: int, *, name: str = "out") -> list[dict[str, Any]]:
+    """Run the plan over an index, and return its rows."""
+    artifact_dir = storage.sub(f"{name}/v1")
+    attempt = Attempt(
+        artifact_dir=artifact_dir, number=1, index=index_of(storage, rows), identity="test"
+    )
+    step = ActorStep(actor=Worker, kwargs={}, prepare=prepare, record=Pids, capacity=8)
+    with hold(artifact_dir) as lease:
+        checked, _ = plan.run(
+            attempt, step=step, batching=Batching(rows_per_part=8), where=where, lease=lease
         )
-
-
-def add_rows(storage: Storage, part: int) -> None:
-    """Write 20 more rows into the index."""
-    ids = range(20 * part, 20 * part + 20)
-    rows = [ImageRow(id=str(n), source="s", uri="/x", size_bytes=1) for n in ids]
-    put_rows(storage.sub("index"), f"part-{part}.parquet", ImageRow, rows)
+    tables = [read_table(attempt.out, file.path, None) for file in checked.files]
+    return [row for table in tables for row in table.to_pylist()]
 
 
 @pytest.mark.filterwarnings("error::ray.util.annotations.RayDeprecationWarning")
 def test_decoding_never_runs_inside_the_engines_actor(tmp_path: Path) -> None:
-    # Ray would run both steps as one, as soon as they ask for the same resources.
     where = Where(root=str(tmp_path), engine_cpus=0.5, decode_cpus=0.5, progress=False)
-    storage = Storage(where.root)
-    add_rows(storage, 0)
-    send(storage, where)
-    found = read_columns(storage.sub("out/v1").sub(plan.rows_of(1)), ["prepared", "worked"])
-    assert len(found) == 20
-    assert all(row["prepared"] != row["worked"] for row in found.to_pylist())
+    found = send(Storage(where.root), where, 20)
+    assert [row["id"] for row in found] == [str(n) for n in range(20)]
+    assert all(row["prepared"] != row["worked"] for row in found)
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(300)
-def test_the_largest_engine_that_may_start_a_job_can_also_resume_it(tmp_path: Path) -> None:
-    # Ray's filter of finished rows would take a whole CPU, which a first run does not need.
-    where = Where(root=str(tmp_path), engine_cpus=3.0, progress=False)  # of 4
-    storage = Storage(where.root)
-    for part in range(2):
-        add_rows(storage, part)
-        send(storage, where)
-    assert len(read_columns(storage.sub("out/v1").sub(plan.rows_of(1)), ["id"])) == 40
-    add_rows(storage, 2)
+def test_the_largest_engine_leaves_room_for_one_decode_task(tmp_path: Path) -> None:
+    where = Where(root=str(tmp_path), engine_cpus=3.5, progress=False)  # of 4
+    assert len(send(Storage(where.root), where, 40)) == 40
     with pytest.raises(ConfigError, match=r"need 4\.1 and 0\. Lower --where\.engine-cpus"):
-        send(storage, replace(where, engine_cpus=3.1))
+        send(Storage(where.root), replace(where, engine_cpus=3.6), 40, name="other")
 
 
-class StalledWriters:
-    """Stops every write task's process as soon as it is there, as a hanging file system does."""
-
-    def __init__(self) -> None:
-        self._stopped: dict[int, psutil.Process] = {}
-        self._go_on = threading.Event()
-        self._thread = threading.Thread(target=self._stop, daemon=True)
-
-    def __enter__(self) -> "StalledWriters":
-        self._thread.start()
-        return self
-
-    def _stop(self) -> None:
-        while not self._go_on.wait(0.02):
-            for pid in processes("ray::Write", os.getpid()):
-                if pid not in self._stopped:
-                    self._stopped[pid] = psutil.Process(pid)
-                    self._stopped[pid].suspend()
-
-    def __exit__(self, *error: object) -> None:
-        self._go_on.set()
-        self._thread.join()
-        for process in self._stopped.values():
-            process.resume()
-
-    def __len__(self) -> int:
-        return len(self._stopped)
-
-
-@pytest.mark.scale
-def test_while_a_writer_hangs_the_engine_goes_on_and_memory_stays_bounded(
+def test_decoded_images_of_at_most_twice_the_capacity_are_held(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    num_images, side = 12_000, 224
+    num_images, side, capacity = 240, 448, 16
     site = make_site(str(tmp_path / "runs"), tmp_path, wide_model(tiny_model, side), num_images)
     step = RECIPES["demo"]().caption
     assert step is not None
-    engine = EngineConfig(kind="fake", max_model_len=512, capacity=64, tokens_per_step=16)
-    flow = Flow(rows_per_block=100, batch_size=50, batches_in_flight=4)
-    quality = QualityConfig(min_words=1)
-    config = replace(step.config, quality=quality)
-    step = replace(step, config=config, engine=engine, captioner=CAPTIONER, flow=flow)
+    engine = EngineConfig(kind="fake", max_model_len=512, capacity=capacity, latency_s=0.01)
+    batching = Batching(rows_per_part=80, rows_per_task=8)
+    config = replace(step.config, quality=QualityConfig(min_words=1))
+    step = replace(step, config=config, engine=engine, captioner=CAPTIONER, batching=batching)
     where = Where(root=site.storage.root, engine_cpus=0.5, progress=False)
-    home = site.storage.sub(step.out.path)
-
-    def done() -> int:
-        return int(json.loads(home.get(STATUS))["done"]) if home.exists(STATUS) else 0
-
-    job = threading.Thread(target=_steps.caption_images, args=(step, where))
-    pause = threading.Event()
-    store_mb, uss_mb = [0.0], [0.0]
-    with StalledWriters() as writers:
-        job.start()
-        while not writers:
-            assert not pause.wait(0.1)
-        at_stall = done()
-        for _ in range(60):
-            pause.wait(0.5)
-            store_mb.append(object_store_mb())
-            uss_mb.append(sum(by_process().values()))
-        written, made = site.committed(), done()
-    job.join()
+    with Watcher(every_s=0.1) as memory:
+        _steps.caption_images(step, where)
     site.check_exactly_once()
-    print(f"made {at_stall} -> {made}, written {written}")
-    print(f"object store up to {max(store_mb):.0f} MB, USS {uss_mb[1]:.0f} to {max(uss_mb):.0f} MB")
-    assert made - at_stall >= flow.batch_size * flow.batches_in_flight
-    # What waits for the writer is text; of the images only those between two steps are held.
-    made_mb = (made - at_stall) * side * side * 3 / 2**20
-    assert max(store_mb) < made_mb / 4
-    assert max(uss_mb[30:]) < 1.15 * max(uss_mb[:30])
+    held = max(store_mb for _, _, store_mb in memory.samples) * 2**20 / (side * side * 3)
+    # A slice of rows is in the store twice for a moment: as a result and while it is written.
+    assert 0 < held <= 2 * capacity + 2 * batching.rows_per_task
 
 
 def wide_model(tiny: Path, side: int) -> Path:

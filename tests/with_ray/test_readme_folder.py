@@ -50,6 +50,8 @@ def test_a_folder_is_captioned_well_and_says_what_is_no_image(photos: Path, tmp_
     first = job("jobs.caption_images", "folder", *budget, *root)
     assert first.returncode == 0, first.stderr
     assert f"captions@v1: {NUM_IMAGES + 1} rows, 1 rejected" in first.stdout
+    verified = job("jobs.verify", "captions@v1", "--root", str(tmp_path / "runs"))
+    assert f"verified captions@v1: {NUM_IMAGES + 1} ids, each exactly once" in verified.stdout
 
     storage = Storage(str(tmp_path / "runs"))
     rows = read_rows(storage, CAPTIONS, CaptionRow)

@@ -16,14 +16,14 @@ from sg4v_ray.captions.score import ScoreConfig
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.errors import ConfigError, WeightsError
 from sg4v_ray.core.records import CaptionRow, ImageRow, ScoreRow
-from sg4v_ray.core.rows import ROWS, put_rows, read_rows
+from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.inference.clip import Clip
 from sg4v_ray.inference.clip_config import ClipConfig
 from sg4v_ray.recipes.line import ScoreStep
 from sg4v_ray.sources import shapes
-from tests.with_ray.caption_site import finish
+from tests.row_artifacts import finish_rows
 
 SMALLEST = "ViT-S-32-alt"
 CAPTIONS, TESTS, SCORES = Ref(name="captions"), Ref(name="tests"), Ref(name="caption-scores")
@@ -117,11 +117,9 @@ def test_scores_of_captions_and_hashes_of_evaluation_images(tmp_path: Path, weig
         caption("c", tmp_path / "gone.png", "A square."),
         caption("d", pictures[2], None),
     ]
-    put_rows(storage.sub(CAPTIONS.path), f"{ROWS}/part-0.parquet", CaptionRow, rows)
-    finish(storage, CAPTIONS, attempts=(ROWS,))
+    finish_rows(storage, CAPTIONS, CaptionRow, rows)
     tests = [ImageRow(id="t", source="s", uri=str(pictures[3]), size_bytes=1)]
-    put_rows(storage.sub(TESTS.path), f"{ROWS}/part-0.parquet", ImageRow, tests)
-    finish(storage, TESTS, attempts=(ROWS,))
+    finish_rows(storage, TESTS, ImageRow, tests)
     config = ScoreConfig(
         clip=ClipConfig(model=SMALLEST, weights=str(weights)), evaluation_images=(TESTS,)
     )

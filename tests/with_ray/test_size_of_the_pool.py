@@ -13,13 +13,13 @@ import pytest
 import ray
 
 from jobs import _steps
-from sg4v_ray.batch.plan import Flow
-from sg4v_ray.batch.watch import STATUS, curves
 from sg4v_ray.captions.quality import QualityConfig
 from sg4v_ray.core import observe
 from sg4v_ray.core.artifact import is_finished
 from sg4v_ray.core.errors import MoneySpent
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.config import Batching
+from sg4v_ray.exactly_once.monitor import STATUS, curves
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.recipes.catalogue import RECIPES
 from sg4v_ray.recipes.line import CaptionStep
@@ -33,9 +33,9 @@ def captioning() -> CaptionStep:
     step = RECIPES["demo"]().caption
     assert step is not None
     engine = EngineConfig(kind="fake", max_model_len=512, capacity=8, latency_s=0.02)
-    flow = Flow(rows_per_block=16, batch_size=8, batches_in_flight=2)
+    batching = Batching(rows_per_part=16, rows_per_task=8)
     config = replace(step.config, quality=QualityConfig(min_words=1))
-    return replace(step, config=config, engine=engine, captioner=CAPTIONER, flow=flow)
+    return replace(step, config=config, engine=engine, captioner=CAPTIONER, batching=batching)
 
 
 def where(site: Site, **changes: Any) -> Where:
@@ -51,7 +51,7 @@ def test_finish_by_measures_and_then_asks_for_the_actors_that_make_it(
     with caplog.at_level("INFO", logger="sg4v_ray"):
         _steps.caption_images(step, where(site, max_actors=4, finish_by="25s"))
     site.check_exactly_once()
-    sized = re.search(r"rows/s an actor: (\d) actors from here on", caplog.text)
+    sized = re.search(r"rows/s per actor: (\d) actors from now on", caplog.text)
     assert sized is not None
     (curve,) = curves(site.storage.sub(step.out.path))
     actors = [point["actors"] for point in curve]

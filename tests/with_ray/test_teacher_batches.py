@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sg4v_ray.batch.watch import STATUS
 from sg4v_ray.core.artifact import is_finished
+from sg4v_ray.exactly_once.monitor import STATUS
 from tests.teacher_server.config import Always, BatchPlan, ServerConfig
 from tests.teacher_server.running import serving
 from tests.with_ray.collect_site import OUT, make_collect_site
@@ -36,7 +36,7 @@ def test_a_killed_batch_run_is_finished_online_and_nothing_is_paid_twice(tmp_pat
         assert len(site.rows()) == NUM_IMAGES
         assert len(provider.entries("batch_line")) == NUM_IMAGES
         assert provider.entries("request") == []
-        assert site.manifest().facts["usd"] == pytest.approx(provider.billed_usd(), abs=1e-5)
+        assert site.manifest().metrics["usd"] == pytest.approx(provider.billed_usd(), abs=1e-5)
 
 
 def test_what_batches_leave_is_asked_online_and_rejects_again_when_wanted(tmp_path: Path) -> None:
@@ -55,4 +55,4 @@ def test_what_batches_leave_is_asked_online_and_rejects_again_when_wanted(tmp_pa
         assert len(provider.entries("request")) == 15 + NUM_IMAGES
         assert all(row.text for row in site.rows())
         assert len(site.rows()) == NUM_IMAGES
-        assert site.manifest().facts["usd"] == pytest.approx(provider.billed_usd(), abs=1e-5)
+        assert site.manifest().metrics["usd"] == pytest.approx(provider.billed_usd(), abs=1e-5)

@@ -68,6 +68,6 @@ def check(site: CollectSite, *, most_on_their_way: int) -> None:
     # Noted, and killed before it went out: nobody can tell that from an answer that got lost.
     assert len(never_sent) <= len([one for one in site.lost() if one["why"] == KILLED])
     assert len([one for one in site.lost() if one["why"] == KILLED]) <= most_on_their_way
-    facts = site.manifest().facts
+    facts = site.manifest().metrics
     assert facts["usd"] >= site.provider.billed_usd() - 1e-6
     assert facts["lost_requests"] == len(site.lost())

@@ -41,8 +41,8 @@ def reference(site: Site, ray_cluster: None) -> Manifest:
 
 
 def test_the_loss_falls_and_every_sample_is_counted(reference: Manifest) -> None:
-    losses = reference.facts["losses"]
-    assert reference.facts["exported_step"] == len(losses)
+    losses = reference.metrics["losses"]
+    assert reference.metrics["exported_step"] == len(losses)
     assert len(losses) == reference.counts["steps"] == 24  # 60 samples, 8 a step, 3 epochs
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
     assert reference.counts["samples"] == 180
@@ -104,8 +104,8 @@ def test_three_killed_workers_and_three_killed_drivers_leave_the_weights_to_the_
         assert newest_step(home) < 120, "the run was over before its driver was killed"
 
     finished = site.run("killed", stage)
-    assert len(finished.facts["resumed_at"]) == 6
-    assert finished.facts["losses"] == undisturbed.facts["losses"]
+    assert len(finished.metrics["resumed_at"]) == 6
+    assert finished.metrics["losses"] == undisturbed.metrics["losses"]
     assert finished.counts == undisturbed.counts
     expected, got = site.weights("undisturbed"), site.weights("killed")
     assert expected.keys() == got.keys()
@@ -144,8 +144,8 @@ def test_a_killed_loader_process_is_a_restart_that_changes_no_weight_and_none_is
         where=replace(site.where(), loader_processes=2),
     )
     killer.join()
-    assert len(done.facts["resumed_at"]) == len(killed) == 1
-    assert done.facts["losses"] == reference.facts["losses"]
+    assert len(done.metrics["resumed_at"]) == len(killed) == 1
+    assert done.metrics["losses"] == reference.metrics["losses"]
     assert done.counts == reference.counts
     expected, got = site.weights("reference"), site.weights("loaders")
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
@@ -211,7 +211,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 @pytest.mark.soak
 def test_zero_3_learns_the_same_and_exports_whole_weights(site: Site, reference: Manifest) -> None:
     sharded = site.run("sharded", replace(STAGE, zero_stage=3))
-    assert sharded.facts["losses"] == pytest.approx(reference.facts["losses"], rel=1e-4)
+    assert sharded.metrics["losses"] == pytest.approx(reference.metrics["losses"], rel=1e-4)
     expected, got = site.weights("reference"), site.weights("sharded")
     assert {name: one.shape for name, one in got.items()} == {
         name: one.shape for name, one in expected.items()

@@ -84,6 +84,6 @@ def test_the_papers_trainings_follow_one_another_and_each_changes_what_it_should
         assert blocks == {"1"}, "from the block that is asked for to the one that features are of"
         assert any(name.startswith(LANGUAGE) for name in moved[kind])
     assert not any(name.startswith(TOWER) for name in moved["finetune"])
-    facts = find(site.storage, paper.VLM).facts
+    facts = find(site.storage, paper.VLM).metrics
     assert len(facts["losses"]) == 6
     assert (site.root / paper.VLM.path / "tensorboard").is_dir()

@@ -75,8 +75,8 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_stops_without_a_trace_i
     assert 0 < saved < stopped < STEPS
 
     finished = site.run("signalled", LONG)  # no wait for a lease: the driver gave it back
-    assert finished.facts["resumed_at"] == [stopped]
-    assert finished.facts["losses"] == undisturbed.facts["losses"]
+    assert finished.metrics["resumed_at"] == [stopped]
+    assert finished.metrics["losses"] == undisturbed.metrics["losses"]
     expected, got = site.weights("undisturbed"), site.weights("signalled")
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
     assert not (site.root / ref.path / "signals").exists()

@@ -13,7 +13,6 @@ import safetensors.torch
 from PIL import Image
 from torch import Tensor
 
-from sg4v_ray.batch.generate import MODEL_FOLDER, ModelSource
 from sg4v_ray.core.artifact import Manifest, Ref, begin, commit
 from sg4v_ray.core.config import to_plain
 from sg4v_ray.core.lease import hold
@@ -21,6 +20,7 @@ from sg4v_ray.core.records import Sample, Turn, schema, to_table
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.config import MODEL_FOLDER, ModelSource
 from sg4v_ray.model.config import ModelConfig, nano
 from sg4v_ray.model.freeze import FreezePlan
 from sg4v_ray.training import launch
@@ -120,7 +120,7 @@ class Site:
                 inputs={},
                 counts={},
                 digests=digests,
-                facts={"model": to_plain(self.model)},
+                metrics={"model": to_plain(self.model)},
                 lease=lease,
             )
         return ModelSource(root=str(self.root), ref=ref)

@@ -3,9 +3,9 @@
 
 import pytest
 
-from sg4v_ray.batch.pace import MARGIN, Pace, dollars, expected_dollars
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.where import seconds_of
+from sg4v_ray.exactly_once.throughput import MARGIN, Throughput, dollars, expected_dollars
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,13 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 
 def test_the_papers_1_2_million_images_in_a_day() -> None:
     """At 4.5 images a second and GPU (a conservative figure for 7B on vLLM), 1.2M in a day."""
-    pace = Pace(rows=4500, actor_s=1000)
+    pace = Throughput(rows=4500, actor_s=1000)
     assert pace.actors_for(1_246_901, 86_400) == 4
     assert pace.seconds_for(1_246_901, 4) == pytest.approx(1_246_901 / 18)
 
 
 def test_the_actors_asked_for_make_the_deadline_with_a_margin() -> None:
-    pace = Pace(rows=100, actor_s=10)
+    pace = Throughput(rows=100, actor_s=10)
     needed = pace.actors_for(10_000, 60)
     assert needed is not None
     assert pace.seconds_for(10_000, needed) <= 60 / MARGIN
@@ -45,9 +45,9 @@ def test_the_actors_asked_for_make_the_deadline_with_a_margin() -> None:
 
 
 def test_nothing_can_be_told_before_the_first_row_or_after_the_deadline() -> None:
-    assert Pace(rows=0, actor_s=100).actors_for(10, 60) is None
-    assert Pace(rows=0, actor_s=0).seconds_for(10, 2) is None
-    assert Pace(rows=10, actor_s=1).actors_for(10, 0) is None
+    assert Throughput(rows=0, actor_s=100).actors_for(10, 60) is None
+    assert Throughput(rows=0, actor_s=0).seconds_for(10, 2) is None
+    assert Throughput(rows=10, actor_s=1).actors_for(10, 0) is None
 
 
 def test_dollars_follow_gpu_hours() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fetch and decode step: URIs in, what the model (or the teacher) sees out, or a reason.
 
-Runs on CPU workers, after the checkpoint filter, so finished rows are never fetched again.
+Runs in CPU tasks; rows of committed parts are never fetched again.
 """
 
 import functools
@@ -14,11 +14,11 @@ import pyarrow as pa
 from PIL import Image
 from ray.util.metrics import Counter
 
-from sg4v_ray.batch.loop_thread import LoopThread
 from sg4v_ray.core import observe
 from sg4v_ray.core.fetch import FetchConfig, Fetcher
 from sg4v_ray.core.image_bytes import is_remote, read, read_all
 from sg4v_ray.core.images import ImageLimits, Rejected, open_image
+from sg4v_ray.exactly_once.loop_thread import LoopThread
 from sg4v_ray.model.geometry import Geometry, squared
 
 COLUMNS = pa.schema(

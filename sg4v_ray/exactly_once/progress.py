@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the work actors of one job report, added up in one place outside of them."""
+"""Progress of one job: the reports of its work actors, added up in one Ray actor."""
 
 import asyncio
 import time
@@ -11,44 +11,44 @@ import ray
 from ray.util.metrics import Counter as MetricCounter
 from ray.util.metrics import Gauge
 
-from sg4v_ray.batch.strikes import Strikes
 from sg4v_ray.core import observe
+from sg4v_ray.exactly_once.poison import CrashTracker, DeathCause, Life, Suspicion
 from sg4v_ray.inference.engine import EngineStats
 
-_BEAT_S, _SAMPLES = 2.0, 8
+_HEARTBEAT_S, _SAMPLES = 2.0, 8
 ALIVE_S = 10.0
-"""An actor that was silent for so long is counted as gone."""
+"""An actor without a heartbeat for this long counts as gone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """What one actor says of itself every few seconds."""
+class Heartbeat:
+    """The load of one actor; sent every few seconds."""
 
     running: int
     """Requests in its decoding batch."""
     waiting: int
     """Requests that wait inside the engine."""
     busy_rate: float
-    """Share of the time since the last beat in which something ran, 0 to 1."""
+    """Share of the time since the last heartbeat with requests running, 0 to 1."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """What was finished since this run started. Rows of a retried block count again."""
+    """Counts since this run started. Rows of a part that ran twice count twice."""
 
     rows: int = 0
     last_s: float = 0.0
-    """When the last of them was finished, by the monotonic clock of the driver's machine."""
+    """Monotonic clock of the driver's machine at the last finished row."""
     tokens: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
     actors: int = 0
-    """Actors that were heard of lately, loading ones included."""
+    """Actors with a recent heartbeat, loading actors included."""
     ready_actors: int = 0
-    """Those of them that can take rows."""
+    """Actors that accept rows."""
     held_s: float = 0.0
-    """Seconds for which actors held their resources, summed over the actors. What is paid for."""
+    """Billed time: seconds for which actors held their resources, summed over the actors."""
     actor_s: float = 0.0
-    """Seconds of actors that could take rows, summed over the actors."""
+    """Seconds for which actors accepted rows, summed over the actors."""
     queue: int = 0
     """Requests that wait inside the engines."""
     busy_rate: float = 0.0
@@ -57,10 +57,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast one run was, from the first actor ready to the last row; None if it had no rows.
+    """Throughput of one run, from the first ready actor to the last row; None without rows.
 
-    Measured between the first and the last row an engine would look faster than it is: its
-    first rows all finish late and together.
+    A window from the first to the last row would give too high a rate: the first rows of an engine
+    all finish late and together.
     """
 
     rows_in_last_run: int = 0
@@ -73,37 +73,42 @@ class _Actor:
     heard_s: float
     ready_s: float | None = None
     earlier_s: float = 0.0
-    """Seconds for which it could take rows before it died and was started again."""
-    beat: Beat = Beat(0, 0, 0.0)
+    """Seconds for which it accepted rows before its last restart."""
+    heartbeat: Heartbeat = Heartbeat(0, 0, 0.0)
 
     @property
     def useful_s(self) -> float:
-        """Seconds for which it could take rows."""
+        """Seconds for which it accepted rows."""
         return self.earlier_s + (0.0 if self.ready_s is None else self.heard_s - self.ready_s)
 
 
-async def keep_beating(
-    tally: "ray.actor.ActorHandle[Tally]", engine: str, stats: Callable[[], EngineStats | None]
+async def send_heartbeats(
+    progress: "ray.actor.ActorHandle[ProgressActor]",
+    engine: str,
+    stats: Callable[[], EngineStats | None],
 ) -> None:
-    """Tell the tally every few seconds that an actor lives; `stats` is None while it loads."""
+    """Report every few seconds that an actor is alive; `stats` returns None while it loads."""
     while True:
         busy = 0
         for _ in range(_SAMPLES):
-            await asyncio.sleep(_BEAT_S / _SAMPLES)
+            await asyncio.sleep(_HEARTBEAT_S / _SAMPLES)
             now = stats()
             busy += now is not None and now.running > 0
-        beat = None if now is None else Beat(now.running, now.waiting, busy / _SAMPLES)
-        tally.beat.remote(engine, beat)
+        heartbeat = None if now is None else Heartbeat(now.running, now.waiting, busy / _SAMPLES)
+        progress.heartbeat.remote(engine, heartbeat)
 
 
-class Tally:
-    """Ray actor that adds up what the work actors report, and exports it to Prometheus."""
+class ProgressActor:
+    """Ray actor that adds up the reports of the work actors and exports them to Prometheus.
+
+    It also tracks crashes, because no engine can take it down: it runs on the driver's node.
+    """
 
     def __init__(self, artifact: str) -> None:
-        self._progress, self._strikes = Progress(), Strikes()
+        self._progress, self._crashes = Progress(), CrashTracker()
         self._actors: dict[str, _Actor] = {}
         self._earlier = Progress()
-        """Seconds of actors of pools that are gone."""
+        """Seconds of the actors of earlier pools."""
         self._ready_s: float | None = None
         self._labels = {"artifact": artifact}
         self._rows, self._tokens, self._rejected, self._engine_s = (
@@ -115,16 +120,16 @@ class Tally:
             for one in (observe.QUEUE, observe.BUSY, observe.ACTORS)
         )
 
-    def beat(self, engine: str, beat: Beat | None) -> None:
-        """Note that an actor lives; `beat` is None while it loads."""
+    def heartbeat(self, engine: str, heartbeat: Heartbeat | None) -> None:
+        """Record that an actor is alive; `heartbeat` is None while it loads."""
         now = time.monotonic()
         actor = self._actors.setdefault(engine, _Actor(now, now))
         actor.heard_s = now
-        if beat is not None:
-            actor.beat = beat
+        if heartbeat is not None:
+            actor.heartbeat = heartbeat
 
     def ready(self, engine: str) -> None:
-        """Note that a work actor can take its first row."""
+        """Record that a work actor accepts rows."""
         now = time.monotonic()
         self._ready_s = self._ready_s or now
         self._actors.setdefault(engine, _Actor(now, now)).ready_s = now
@@ -139,13 +144,13 @@ class Tally:
         rejects: list[str],
         engine_s: float,
     ) -> None:
-        """Count the rows, generated tokens, reject reasons and engine seconds of one batch.
+        """Count the rows, generated tokens, reject reasons and engine seconds of one slice.
 
         Args:
-            engine: who made it.
-            ids: the rows that were in the engine and came out alive; see `Strikes.leave`.
+            engine: the actor that finished them.
+            ids: rows that left the engine alive; see `CrashTracker.leave`.
         """
-        self._strikes.leave(engine, ids)
+        self._crashes.leave(engine, ids)
         self._progress.last_s = time.monotonic()
         self._progress.rows += rows
         self._progress.tokens += tokens
@@ -158,21 +163,29 @@ class Tally:
         for reason in rejects:
             self._rejected.inc(1, {**self._labels, "reason": reason})
 
-    def enter(self, engine: str, ids: list[str]) -> dict[str, int]:
-        """Note rows that go into an engine; see `Strikes.enter`."""
-        return self._strikes.enter(engine, ids)
+    def enter(self, engine: str, ids: list[str]) -> dict[str, Suspicion]:
+        """See `CrashTracker.enter`."""
+        return self._crashes.enter(engine, ids)
 
-    def enter_alone(self, engine: str, key: str) -> None:
-        """Note a row that goes into an engine alone; see `Strikes.enter_alone`."""
-        self._strikes.enter_alone(engine, key)
+    def enter_probe(self, engine: str, ids: list[str]) -> None:
+        """See `CrashTracker.enter_probe`."""
+        self._crashes.enter_probe(engine, ids)
 
     def leave(self, engine: str, ids: list[str]) -> None:
-        """Note rows that came out of an engine; see `Strikes.leave`."""
-        self._strikes.leave(engine, ids)
+        """See `CrashTracker.leave`."""
+        self._crashes.leave(engine, ids)
 
-    def starts(self, engine: str) -> None:
-        """Note that an actor starts. What an earlier life of it had inside gets a strike."""
-        self._strikes.died(engine)
+    def suspicion(self, ids: list[str]) -> dict[str, Suspicion]:
+        """See `CrashTracker.suspicion`."""
+        return self._crashes.suspicion(ids)
+
+    def previous_life(self, engine: str) -> Life | None:
+        """See `CrashTracker.previous_life`."""
+        return self._crashes.previous_life(engine)
+
+    def starts(self, engine: str, life: Life, previous_death: DeathCause | None) -> None:
+        """Record that an actor starts, and the death of its previous process."""
+        self._crashes.started(engine, life, previous_death)
         now = time.monotonic()
         # Paid for from here on, while the weights are still being fetched.
         actor = self._actors.setdefault(engine, _Actor(now, now))
@@ -181,7 +194,8 @@ class Tally:
             actor.ready_s = None
 
     def drop_pool(self) -> None:
-        """Note that all actors so far are gone, because the plan is built again."""
+        """Record that all actors so far are gone, because the plan is built again."""
+        self._crashes.drop_engines()
         self._earlier = self.read()
         self._actors.clear()
 
@@ -190,8 +204,8 @@ class Tally:
         now = time.monotonic()
         alive = [one for one in self._actors.values() if now - one.heard_s < ALIVE_S]
         ready = [one for one in alive if one.ready_s is not None]
-        busy = sum(one.beat.busy_rate for one in ready) / len(ready) if ready else 0.0
-        queue = sum(one.beat.waiting for one in ready)
+        busy = sum(one.heartbeat.busy_rate for one in ready) / len(ready) if ready else 0.0
+        queue = sum(one.heartbeat.waiting for one in ready)
         self._queue.set(queue, self._labels)
         self._busy.set(busy, self._labels)
         self._alive.set(len(alive), self._labels)
@@ -207,7 +221,7 @@ class Tally:
         )
 
     def speed(self) -> Speed:
-        """Return how fast the rows so far were made."""
+        """Return the throughput so far."""
         rows = self._progress.rows
         if self._ready_s is None or not rows:
             return Speed()

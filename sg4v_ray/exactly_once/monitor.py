@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver's eye on a running plan: progress bar, status.json, money and deadline.
+"""The monitor of a running job: progress bar, status.json, cost, time budget and lease.
 
-A thread reads the tally, shows and writes what it says, and decides whether the plan goes on.
-The plan asks it at every step of its own loop (`Watch.verdict`): there it can be stopped.
+A thread polls the progress actor, shows and writes the figures, and decides whether the plan goes
+on. The plan reads the decision at every step of Ray Data's scheduling loop (`stop_reason`).
 """
 
 import dataclasses
@@ -18,18 +18,19 @@ from datetime import UTC, datetime
 from typing import Any, Never
 
 import ray
+from ray.exceptions import RayError
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from sg4v_ray.batch.pace import Pace, dollars, expected_dollars
-from sg4v_ray.batch.tally import Progress, Tally
 from sg4v_ray.core import observe
 from sg4v_ray.core.errors import LeaseLost, MoneySpent, Sg4vError
 from sg4v_ray.core.lease import Lease
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import STORAGE_ERRORS, Storage
 from sg4v_ray.core.where import Where, seconds_of
+from sg4v_ray.exactly_once.progress import Progress, ProgressActor
+from sg4v_ray.exactly_once.throughput import Throughput, dollars, expected_dollars
 
 _log = logging.getLogger(__name__)
 
@@ -39,13 +40,13 @@ _TERMINAL_S, _FILE_S = 0.5, 15.0
 _STATUS_S = 5.0
 _NAMED_REASONS = 3
 _RATE_S = 120.0
-"""Rates and the ETA are of so many seconds: a pool that grew is not slow because it was."""
+"""Window of rates and of the ETA: a pool that has grown must not count as slow."""
 _MEASURED_ROWS_PER_ACTOR = 64
-"""Rows of one actor after which its speed is known well enough to size the pool by it."""
+"""Rows per actor after which its throughput is accurate enough to size the pool."""
 
 
 class Resize(Exception):
-    """The plan is to be built again with another number of actors."""
+    """The plan must be built again with another number of actors."""
 
     def __init__(self, actors: int) -> None:
         super().__init__(f"{actors} actors")
@@ -54,38 +55,38 @@ class Resize(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Status:
-    """What `status.json` beside an artifact says."""
+    """The content of `status.json` beside an artifact."""
 
     state: str
     """`in batches` (a teacher's), `running`, `stopped` (resumable) or `finished`."""
     updated: str
     done: int
-    """Rows made; a kill loses those of blocks that were not written yet."""
+    """Finished rows; a kill loses those of parts that are not committed yet."""
     total: int
     rejected: dict[str, int]
-    """By reason, of this run."""
+    """Rejected rows of this run by reason."""
     rows_per_s: float
-    """Of the last two minutes."""
+    """Mean of the last two minutes."""
     tokens_per_s: float | None
-    """None while a teacher's batches are waited for: they tell requests alone."""
+    """None while the job waits for a teacher's batches: these report requests only."""
     eta_s: float | None
     actors: int
     ready_actors: int
     queue: int
     engine_busy_rate: float
     usd_so_far: float | None
-    """Of all runs at this artifact; None where nothing has a price."""
+    """Cost of all runs at this artifact; None without a price."""
     usd_expected: float | None
-    """Of all runs, when this one is done."""
+    """Expected cost of all runs at the end of this run."""
 
 
-class Watch:
-    """What a job knows of itself while it runs. `verdict` is for the plan's thread."""
+class JobMonitor:
+    """Polls the progress of a job in a thread. `stop_reason` is for the plan's thread."""
 
     def __init__(
         self,
-        tally: "ray.actor.ActorHandle[Tally]",
-        home: Storage,
+        progress: "ray.actor.ActorHandle[ProgressActor]",
+        artifact_dir: Storage,
         *,
         name: str,
         done: int,
@@ -95,20 +96,21 @@ class Watch:
         budget: RejectBudget | None = None,
         paid_usd: Callable[[], float] | None = None,
     ) -> None:
-        self.tally = tally
+        self.progress = progress
         self._paid_usd = paid_usd
         self._lease, self._budget = lease, budget
-        self._spent_before = _spent_by_earlier_runs(home)
-        self._home, self._where = home, where
+        self._spent_before = _spent_by_earlier_runs(artifact_dir)
+        self._artifact_dir, self._where = artifact_dir, where
         self._done, self._total = done, total
         self._started_s = time.monotonic()
         self._recent = deque([(self._started_s, 0, 0)])
-        """When how many rows and tokens were done."""
+        """Time, rows and tokens of the last polls."""
         self._sized = where.finish_by is None
-        self._verdicts: deque[Resize | Sg4vError] = deque(maxlen=1)
+        self._reasons: deque[Resize | Sg4vError] = deque(maxlen=1)
         self._written_s = self._drawn_s = 0.0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look_on, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._poll_loop, name="monitor", daemon=True)
+        self._is_overtaken = False
         self._curve: list[dict[str, float]] = []
         self._dollars = Gauge(
             observe.DOLLARS.name, observe.DOLLARS.description, observe.DOLLARS.labels
@@ -124,56 +126,67 @@ class Watch:
             disable=not where.progress,
         )
 
-    def verdict(self) -> Resize | Sg4vError | None:
-        """Return what ends the plan now: Resize, LeaseLost, MoneySpent, TooManyRejects."""
-        if self._verdicts:
-            return self._verdicts.popleft()
+    def stop_reason(self) -> Resize | Sg4vError | None:
+        """Return the reason to end the plan: Resize, LeaseLost, MoneySpent or TooManyRejects."""
+        if self._reasons:
+            return self._reasons.popleft()
         if not self._thread.is_alive():
             return Sg4vError(
-                "the watch over this job ended, its traceback is above; nothing is lost, run again"
+                "the monitor of this job ended, its traceback is above; committed parts are kept, "
+                "run the same command again"
             )
         return None
 
     def start(self) -> None:
-        """Begin to look every few seconds."""
+        """Poll every few seconds from now on."""
         self._thread.start()
 
-    def _look_on(self) -> None:
+    def _poll_loop(self) -> None:
         pause_s = _TERMINAL_S if sys.stderr.isatty() else _STATUS_S
         while not self._stop.wait(pause_s):
             try:
-                self.look()
+                self.poll()
             except STORAGE_ERRORS as error:
-                # Nobody reads an old status for truth, and the commit checks the lease again.
-                _log.warning("no new %s in %s: %s", STATUS, self._home.root, error)
+                # An old status is harmless, and the commit checks the lease again.
+                _log.warning("no new %s in %s: %s", STATUS, self._artifact_dir.root, error)
 
-    def look(self, *, state: str = "running") -> None:
-        """Read the tally once; draw, write and decide."""
-        progress: Progress = ray.get(self.tally.read.remote())
+    def poll(self, *, state: str = "running") -> None:
+        """Read the progress once; draw, write and decide."""
+        progress: Progress = ray.get(self.progress.read.remote())
         now = time.monotonic()
         self._note(progress, now)
         if state != "running" or sys.stderr.isatty() or now - self._drawn_s >= _FILE_S:
             self._drawn_s = now
             self._draw(progress)
+        # Before the write: a writer that was suspended and overtaken must not replace the status.
+        try:
+            self._lease.check()
+        except LeaseLost as error:  # raised by the plan's thread
+            self._is_overtaken = True
+            self._reasons.append(error)
+            return
         if state != "running" or now - self._written_s >= _STATUS_S:
             self._written_s = now
             self._write(progress, state, now)
         if state == "running":
-            try:
-                self._lease.check()
-            except LeaseLost as error:  # for the plan's thread
-                self._verdicts.append(error)
-                return
             self._decide(progress, now)
 
     def close(self, *, state: str) -> None:
-        """Look a last time, end the bar and keep the curve of this run for the report."""
+        """Poll a last time, end the bar and store the curve of this run for the report.
+
+        Nothing is stored once another writer has taken over. A failure here is logged: raised, it
+        would replace the error that ended the job.
+        """
         self._stop.set()
         self._thread.join()
-        self.look(state=state)
+        try:
+            self.poll(state=state)
+            if not self._is_overtaken:
+                name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+                self._artifact_dir.put(f"{_CURVES}/{name}.json", json.dumps(self._curve).encode())
+        except (*STORAGE_ERRORS, RayError) as error:
+            _log.warning("the last %s in %s is missing: %s", STATUS, self._artifact_dir.root, error)
         self._bar.close()
-        name = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-        self._home.put(f"{_CURVES}/{name}.json", json.dumps(self._curve).encode())
 
     def _left(self, progress: Progress) -> int:
         return max(0, self._total - self._done - progress.rows)
@@ -193,7 +206,7 @@ class Watch:
         self._bar.refresh()
 
     def _note(self, progress: Progress, now: float) -> None:
-        """Keep the counts of the last minutes, from just before the first row on."""
+        """Keep the counts of the rate window, starting just before the first row."""
         if not progress.rows:
             self._recent.clear()
         self._recent.append((now, progress.rows, progress.tokens))
@@ -201,7 +214,7 @@ class Watch:
             self._recent.popleft()
 
     def status(self, progress: Progress, state: str, now: float) -> Status:
-        """Return what is known now."""
+        """Return the present status."""
         since, rows, tokens = self._recent[0]
         seconds = now - since
         rate = (progress.rows - rows) / seconds if seconds > 0 else 0.0
@@ -226,7 +239,9 @@ class Watch:
 
     def _write(self, progress: Progress, state: str, now: float) -> None:
         status = self.status(progress, state, now)
-        self._home.put(STATUS, (json.dumps(dataclasses.asdict(status), indent=1) + "\n").encode())
+        self._artifact_dir.put(
+            STATUS, (json.dumps(dataclasses.asdict(status), indent=1) + "\n").encode()
+        )
         seconds = round(now - self._started_s, 1)
         self._curve.append(
             {
@@ -241,7 +256,7 @@ class Watch:
             self._dollars.set(status.usd_so_far, self._labels)
 
     def _usd(self, progress: Progress) -> tuple[float | None, float | None]:
-        """Return the dollars so far, and those expected when all is done; of all runs."""
+        """Return the cost so far and the expected cost at the end, of all runs."""
         left = self._left(progress)
         if self._paid_usd is not None:
             paid, done = self._paid_usd(), self._total - left
@@ -266,37 +281,37 @@ class Watch:
                 total=self._total,
             )
             if passed is not None:
-                self._verdicts.append(passed)
+                self._reasons.append(passed)
                 return
         limit = self._where.max_usd
         if limit is not None:
             spent = self._spent_before + self._run_usd(progress)
-            # What the actors cost until we look again is spent before we can stop them.
-            next_look = dollars(progress.actors * self._where.engine_gpus * 4 * _STATUS_S, 1.0)
-            ahead = next_look * (self._where.gpu_hour_usd or 0.0)
+            # The cost of the actors until the next poll is spent before they can be stopped.
+            until_poll = dollars(progress.actors * self._where.engine_gpus * 4 * _STATUS_S, 1.0)
+            ahead = until_poll * (self._where.gpu_hour_usd or 0.0)
             if spent + ahead >= limit:
                 spent_all = MoneySpent(
                     f"stopped at ${spent:.2f} of max_usd ${limit:g}, earlier runs included, with "
-                    f"{self._left(progress)} of {self._total} rows left. Finished blocks are kept: "
-                    "run again with more (--where.max-usd) to go on"
+                    f"{self._left(progress)} of {self._total} rows left. Committed parts are kept: "
+                    "raise --where.max-usd and run again to continue"
                 )
-                self._verdicts.append(spent_all)
+                self._reasons.append(spent_all)
                 return
         if not self._sized:
             self._size(progress, now)
 
     def _size(self, progress: Progress, now: float) -> None:
-        """Once the speed is known, ask for the actors that make the deadline."""
+        """Size the pool for the time budget once the throughput is measured."""
         if progress.rows < _MEASURED_ROWS_PER_ACTOR * max(1, progress.ready_actors):
             return
         self._sized = True
-        pace = Pace(progress.rows, progress.actor_s)
+        measured = Throughput(progress.rows, progress.actor_s)
         left_s = seconds_of(self._where.finish_by or "") - (now - self._started_s)
-        needed = pace.actors_for(self._left(progress), left_s)
+        needed = measured.actors_for(self._left(progress), left_s)
         if needed is None or needed > self._where.max_actors:
-            takes_s = pace.seconds_for(self._left(progress), self._where.max_actors) or 0.0
+            takes_s = measured.seconds_for(self._left(progress), self._where.max_actors) or 0.0
             _log.warning(
-                "finish_by %s cannot be made: it needs %s actors, max_actors is %d; with those it "
+                "finish_by %s cannot be met: it needs %s actors, max_actors is %d; with these it "
                 "takes %.1f h more. Raise --where.max-actors",
                 self._where.finish_by,
                 needed or "more than any number of",
@@ -305,49 +320,49 @@ class Watch:
             )
             needed = self._where.max_actors
         needed = max(needed, self._where.min_actors)
-        _log.info("%.2f rows/s an actor: %d actors from here on", pace.rows_per_actor_s, needed)
+        _log.info("%.2f rows/s per actor: %d actors from now on", measured.rows_per_actor_s, needed)
         if needed != self._where.min_actors:
-            self._verdicts.append(Resize(needed))
+            self._reasons.append(Resize(needed))
 
 
-def curves(home: Storage) -> list[list[dict[str, Any]]]:
+def curves(artifact_dir: Storage) -> list[list[dict[str, Any]]]:
     """Return rows, tokens and ready actors by second of each run at an artifact, oldest first.
 
-    `last_row_s` is when the last of the rows was finished, on the clock of `seconds`.
+    `last_row_s` is the time of the last finished row, on the clock of `seconds`.
     """
-    return [json.loads(home.get(path)) for path in home.list(_CURVES)]
+    return [json.loads(artifact_dir.get(path)) for path in artifact_dir.list(_CURVES)]
 
 
-def _spent_by_earlier_runs(home: Storage) -> float:
-    if not home.exists(STATUS):
+def _spent_by_earlier_runs(artifact_dir: Storage) -> float:
+    if not artifact_dir.exists(STATUS):
         return 0.0
-    return float(json.loads(home.get(STATUS)).get("usd_so_far") or 0.0)
+    return float(json.loads(artifact_dir.get(STATUS)).get("usd_so_far") or 0.0)
 
 
 @contextmanager
-def watching(
-    home: Storage,
+def monitored(
+    artifact_dir: Storage,
     done: int,
     total: int,
     where: Where,
     lease: Lease,
     budget: RejectBudget | None = None,
     paid_usd: Callable[[], float] | None = None,
-) -> Iterator[Watch]:
-    """Start a tally and watch it while the block runs.
+) -> Iterator[JobMonitor]:
+    """Start a progress actor and monitor it while the block runs.
 
     Args:
-        done: rows that an earlier run committed.
+        done: rows that earlier runs committed.
         total: rows of the index.
-        paid_usd: what all runs have paid others; None where nobody is.
+        paid_usd: returns the amount that all runs have paid to a provider; None without one.
     """
-    name = "/".join(home.root.rsplit("/", 2)[-2:])
+    name = "/".join(artifact_dir.root.rsplit("/", 2)[-2:])
     # On the driver's node: no other node takes it down with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    tally = ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote(name)
-    watch = Watch(
-        tally,
-        home,
+    progress = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressActor).remote(name)
+    monitor = JobMonitor(
+        progress,
+        artifact_dir,
         name=name,
         done=done,
         total=total,
@@ -356,11 +371,11 @@ def watching(
         budget=budget,
         paid_usd=paid_usd,
     )
-    watch.start()
+    monitor.start()
     state = "stopped"
     try:
-        yield watch
+        yield monitor
         state = "finished"
     finally:
-        watch.close(state=state)
-        ray.kill(tally)
+        monitor.close(state=state)
+        ray.kill(progress)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cluster capacity: engines that fit beside the decode tasks that feed them.
+
+Ray gives CPUs to the first request. Engines that held all CPUs would wait for rows indefinitely.
+"""
+
+import logging
+import math
+import os
+
+import ray
+from ray._private import state as cluster_state
+
+from sg4v_ray.core.errors import ConfigError
+from sg4v_ray.core.where import Where
+
+_log = logging.getLogger(__name__)
+
+_MAX_DECODE_TASKS = 8
+
+
+def check_cluster_capacity(where: Where) -> None:
+    """Raise ConfigError if the cluster cannot run one decode task beside the smallest pool.
+
+    Without this check a plan that is too large waits indefinitely and reports nothing.
+    """
+    have = max_cluster_resources()
+    if num_engines_that_fit(where, have) < where.min_actors:
+        need_cpus = where.min_actors * where.engine_cpus + where.decode_cpus
+        need_gpus = where.min_actors * where.engine_gpus
+        raise ConfigError(
+            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
+            f"{where.min_actors} engine(s) of {where.engine_cpus:g} CPUs and "
+            f"{where.engine_gpus:g} GPUs and one decode task need {need_cpus:g} and "
+            f"{need_gpus:g}. Lower --where.engine-cpus or --where.min-actors, or add nodes."
+        )
+
+
+def actors_at_once(where: Where) -> int:
+    """Return how many of `max_actors` fit now; Ray starts the others as the cluster grows."""
+    if (fit := num_engines_that_fit(where, max_cluster_resources())) < where.max_actors:
+        _log.warning(
+            "max_actors is %d, but only %d fit into the cluster. Add nodes, or lower "
+            "--where.engine-cpus",
+            where.max_actors,
+            fit,
+        )
+    now = num_engines_that_fit(where, ray.cluster_resources())
+    return max(where.min_actors, min(where.max_actors, now))
+
+
+def most_actors(where: Where) -> int:
+    """Return the limit of the pool: `max_actors`, fewer where engines would take all CPUs.
+
+    Ray Data does not count the CPUs of decode tasks, so its pool would grow into them. Engines on
+    GPUs are limited by GPUs.
+    """
+    if where.engine_gpus:
+        return where.max_actors
+    fit = num_engines_that_fit(where, max_cluster_resources())
+    return max(where.min_actors, min(where.max_actors, fit))
+
+
+def decode_tasks_per_actor(where: Where, rows_in_flight: int, rows_per_task: int) -> int:
+    """Return how many decode tasks one actor keeps running.
+
+    More tasks than cores start processes that only wait. On one machine Ray may declare more CPUs
+    than there are cores.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    cores = (os.cpu_count() or 1) if len(nodes) == 1 else math.inf
+    at_most = max(1, rows_in_flight // rows_per_task)
+    return int(min(at_most, _MAX_DECODE_TASKS, max(2.0, cores / where.max_actors)))
+
+
+def max_cluster_resources() -> dict[str, float]:
+    """Return the cluster's resources; for an autoscaling cluster its maximum."""
+    grown = cluster_state.state.get_max_resources_from_cluster_config() or {}
+    have = ray.cluster_resources()
+    return grown | have | {key: max(have.get(key, 0), most) for key, most in grown.items()}
+
+
+def num_engines_that_fit(where: Where, have: dict[str, float]) -> int:
+    """Return how many engines fit into resources beside one decode task."""
+    needs = {"CPU": where.engine_cpus, "GPU": where.engine_gpus}
+    free = {**have, "CPU": have.get("CPU", 0) - where.decode_cpus}
+    fits = [free.get(key, 0) / need for key, need in needs.items() if need]
+    return max(0, math.floor(min(fits, default=math.inf)))

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Ray Data actor that processes whole parts and commits each of them.
+
+    part -> slices of index rows -> decode tasks -> `process` of a subclass -> one Parquet object
+
+Decode tasks run on any node. The actor starts them itself, so that at most `rows_in_flight` rows of
+all its parts are decoded or being processed at once, whatever the size of a part.
+"""
+
+import asyncio
+import functools
+import threading
+import uuid
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayTaskError, WorkerCrashedError
+
+from sg4v_ray.core.artifact import software_versions
+from sg4v_ray.core.errors import ArtifactCorrupt, Sg4vError
+from sg4v_ray.core.records import check_columns, schema
+from sg4v_ray.core.rejects import Reject
+from sg4v_ray.core.row_files import RowIndex, hash_ids, read_table
+from sg4v_ray.core.storage import Storage
+from sg4v_ray.exactly_once.deaths import cause_of_death
+from sg4v_ray.exactly_once.loop_thread import LoopThread
+from sg4v_ray.exactly_once.parts import (
+    Part,
+    PartFigures,
+    PartFooter,
+    encode_part,
+    figures_of,
+    read_footer,
+)
+from sg4v_ray.exactly_once.poison import Life
+from sg4v_ray.exactly_once.progress import ProgressActor, send_heartbeats
+from sg4v_ray.inference.engine import EngineStats
+
+Prepare = Callable[[pa.Table], pa.Table]
+_DECODER_CRASHED: Final = "the decode process crashed each time it was given this image alone"
+_NO_FILE: Final = "/dev/null/none"
+_INDEX_FILES_KEPT: Final = 2
+"""Index files in memory of an actor: parts come in order, so two are enough at a border."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartJob:
+    """Everything that the actors of one attempt share."""
+
+    index: RowIndex
+    index_sha256: str
+    out: Storage
+    """Folder of the attempt."""
+    identity: str
+    """Fingerprint of the artifact and the attempt."""
+    prepare: Prepare
+    """Decode step: a slice of index rows in, a table with `image` and `reject` out."""
+    record: type
+    """Record class of the rows that come out."""
+    decode_cpus: float
+    rows_per_task: int
+    """Rows of one decode task."""
+    decode_tasks: int
+    """Decode tasks of one actor at once."""
+
+
+class RowBudget:
+    """A first-in first-out semaphore that counts rows. For one event loop."""
+
+    def __init__(self, rows: int) -> None:
+        self._free = self._all = rows
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def acquire(self, rows: int) -> None:
+        """Wait until `rows` (at most all) are free, in the order of the calls."""
+        rows = min(rows, self._all)
+        if not self._waiting and rows <= self._free:
+            self._free -= rows
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((rows, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release(rows)
+            raise
+
+    def release(self, rows: int) -> None:
+        """Give rows back."""
+        self._free += min(rows, self._all)
+        while self._waiting:
+            rows, turn = self._waiting[0]
+            if turn.cancelled():
+                self._waiting.popleft()
+                continue
+            if rows > self._free:
+                return
+            self._waiting.popleft()
+            self._free -= rows
+            turn.set_result(None)
+
+
+class PartActor(ABC):
+    """Base of all work actors: processes parts, several at once, and commits each."""
+
+    def __init__(
+        self,
+        *,
+        job: PartJob,
+        rows_in_flight: int,
+        progress: "ray.actor.ActorHandle[ProgressActor]",
+    ) -> None:
+        self._job, self._progress = job, progress
+        self._name = str(ray.get_runtime_context().get_actor_id())
+        self._budget = RowBudget(max(rows_in_flight, job.rows_per_task))
+        self._decoding = asyncio.Semaphore(job.decode_tasks)
+        self._software = software_versions()
+        self._schema = schema(job.record)
+        self._reading = threading.Lock()
+        self._index_file = functools.lru_cache(_INDEX_FILES_KEPT)(self._read_index_file)
+        self._loop = LoopThread("parts")
+        _report_start(progress, self._name)
+        self._loop.submit(send_heartbeats(progress, self._name, self.stats))
+        self._decode = decode_task.options(num_cpus=job.decode_cpus, name=f"decode {job.out.root}")
+
+    @abstractmethod
+    async def process(self, rows: pa.Table) -> pa.Table:
+        """Turn prepared rows into rows of the record class, in any order of columns.
+
+        Runs on the actor's own event loop, several calls at once.
+        """
+
+    def stats(self) -> EngineStats | None:
+        """Return the present load, or None while the actor loads."""
+        return EngineStats(running=1, waiting=0, decode_steps=0)
+
+    async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
+        """Process the part in `batch` unless its object exists; yield its figures."""
+        (row,) = batch.to_pylist()
+        name = row.pop("name")
+        # On a loop of its own: Ray Data blocks the actor's loop while its output queue is full.
+        work = self._loop.submit(self._finish(Part(**row), name))
+        try:
+            footer = await asyncio.wrap_future(work)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Sg4vError) else error) from None
+        figures = footer.figures
+        yield pa.table(
+            {
+                "part": [footer.part],
+                "rows": [figures.rows],
+                "tokens": [figures.tokens],
+                "rejects": [sum(figures.rejects.values())],
+            }
+        )
+
+    async def _finish(self, part: Part, name: str) -> PartFooter:
+        committed = await asyncio.to_thread(self._committed, name)
+        if committed is not None:
+            return committed
+        rows = await asyncio.to_thread(self._rows_of, part)
+        step = self._job.rows_per_task
+        slices = [rows.slice(first, step) for first in range(0, len(rows), step)]
+        table = pa.concat_tables(await _all(self._process_slice(one) for one in slices))
+        return await asyncio.to_thread(self._commit, part, name, rows["id"], table)
+
+    async def _process_slice(self, rows: pa.Table) -> pa.Table:
+        await self._budget.acquire(len(rows))
+        try:
+            async with self._decoding:
+                prepared = await self._prepare_rows(rows)
+            return self._as_record(await self.process(prepared))
+        finally:
+            self._budget.release(len(rows))
+
+    async def _prepare_rows(self, rows: pa.Table) -> pa.Table:
+        try:
+            table: pa.Table = await self._decode.remote(self._job.prepare, rows)
+            return table
+        except WorkerCrashedError:
+            if len(rows) > 1:  # find the image that crashes the decoder
+                singles = [rows.slice(one, 1) for one in range(len(rows))]
+                return pa.concat_tables([await self._prepare_rows(one) for one in singles])
+        # Never decoded here. A path without a file gives a reject with all columns of the step.
+        place = rows.column_names.index("uri")
+        prepared = self._job.prepare(rows.set_column(place, "uri", pa.array([_NO_FILE])))
+        return _rejected(prepared, rows, _DECODER_CRASHED)
+
+    def _as_record(self, table: pa.Table) -> pa.Table:
+        check_columns(table.schema, self._job.record, where=type(self).__name__)
+        return table.select(self._schema.names).cast(self._schema)
+
+    def _rows_of(self, part: Part) -> pa.Table:
+        with self._reading:  # one reader at a time: the others then find the file in memory
+            table = self._index_file(part.file)
+        rows = table.slice(part.first, part.rows)
+        if len(rows) != part.rows:
+            raise ArtifactCorrupt(
+                f"{self._job.index.folder.uri(self._job.index.files[part.file].path)} has fewer "
+                "rows than its manifest lists; restore it from a copy"
+            )
+        return rows
+
+    def _read_index_file(self, number: int) -> pa.Table:
+        return read_table(self._job.index.folder, self._job.index.files[number].path, None)
+
+    def _committed(self, name: str) -> PartFooter | None:
+        if not self._job.out.exists(name):
+            return None
+        try:
+            return read_footer(self._job.out, name)
+        except ValueError:
+            # The commit reports damaged objects and asks for the part under its next name.
+            return PartFooter(
+                part=-1, writer="", identity="", index_sha256="", ids_sha256="", software={},
+                figures=PartFigures(rows=0),
+            )  # fmt: skip
+
+    def _commit(self, part: Part, name: str, ids: pa.ChunkedArray, table: pa.Table) -> PartFooter:
+        """Create the object of a part; if another writer was first, return its footer."""
+        if not table["id"].equals(ids):
+            raise ArtifactCorrupt(f"{type(self).__name__} changed the ids of part {part.number}")
+        writer = uuid.uuid4().hex
+        footer = PartFooter(
+            part=part.number,
+            writer=writer,
+            identity=self._job.identity,
+            index_sha256=self._job.index_sha256,
+            ids_sha256=hash_ids(ids),
+            figures=figures_of(table),
+            software=self._software,
+        )
+        out = self._job.out
+
+        def is_own() -> bool:
+            try:
+                return read_footer(out, name).writer == writer
+            except ValueError:
+                return False
+
+        if out.create(name, encode_part(table, footer), is_own=is_own):
+            return footer
+        committed = self._committed(name)
+        return footer if committed is None else committed
+
+
+def _report_start(progress: "ray.actor.ActorHandle[ProgressActor]", name: str) -> None:
+    """Report this process of an actor, and the cause of death of the one before."""
+    previous: Life | None = ray.get(progress.previous_life.remote(name))
+    death = None if previous is None else cause_of_death(previous.worker_id, previous.node_id)
+    context = ray.get_runtime_context()
+    life = Life(context.get_worker_id(), context.get_node_id())
+    ray.get(progress.starts.remote(name, life, death))
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, pa.Table]]) -> list[pa.Table]:
+    """Run coroutines at once; the first error cancels the others."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@ray.remote(max_retries=3)
+def decode_task(prepare: Prepare, rows: pa.Table) -> pa.Table:
+    """Run the decode step on index rows in a worker process."""
+    return prepare(rows)
+
+
+def _rejected(prepared: pa.Table, rows: pa.Table, detail: str) -> pa.Table:
+    """Return one prepared row as a reject of the row in `rows`."""
+    values = {"reject": Reject.CORRUPT.value, "reject_detail": detail}
+    for name in prepared.column_names:
+        if name in values or (name in rows.column_names and name == "uri"):
+            column = pa.array([values.get(name) or rows[name][0].as_py()], prepared[name].type)
+            prepared = prepared.set_column(prepared.column_names.index(name), name, column)
+    return prepared
