@@ -15,11 +15,6 @@ import ray
 from jobs import _bench_site as site
 from jobs._bench_memory import Watcher, growth
 from jobs._cli import start_ray
-from sg4v_ray.batch import stage as stages
-from sg4v_ray.batch.generate import GenerateConfig
-from sg4v_ray.batch.plan import Flow
-from sg4v_ray.batch.stage import Stage
-from sg4v_ray.batch.watch import curves
 from sg4v_ray.captions import bulk
 from sg4v_ray.captions.quality import QualityConfig
 from sg4v_ray.core.artifact import Ref
@@ -29,6 +24,10 @@ from sg4v_ray.core.records import Turn
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once import stage as stages
+from sg4v_ray.exactly_once.config import Batching, GenerateConfig
+from sg4v_ray.exactly_once.monitor import curves
+from sg4v_ray.exactly_once.stage import Stage
 from sg4v_ray.inference.engine import PUBLISHED_DECODING, Generation, Request, complete
 from sg4v_ray.inference.open import EngineConfig, open_engine
 from sg4v_ray.inference.prompt import PromptRules
@@ -47,7 +46,9 @@ ASK = GenerateConfig(
 VLLM = EngineConfig(kind="vllm", dtype="float32", capacity=48, max_model_len=512, compile=False)
 _SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 NO_GATE = QualityConfig(min_words=1, max_phrase_repeats=10**6, max_word_run=10**6)
-"""Random weights and fakes write no captions; what they write is not judged, in any case."""
+"""Random weights and fakes write no captions, so their text is not judged."""
+ROWS_PER_PART = 2048
+"""Of the control-plane case: about a second of its work."""
 
 
 class Settings(Protocol):
@@ -145,17 +146,17 @@ def job(bench: Settings) -> None:
     where = Where(root=bench.root, engine_threads=bench.threads, progress=False)
     out = f"job-{time.time_ns()}"
     stage = _stage(bench.root, VLLM, site.CAPTIONER, out, where)
-    made = stage.work
+    made = stage.step
     stage = replace(
-        stage, work=lambda attempt: replace(made(attempt), actor=site.GenerateSetLengths)
+        stage, step=lambda attempt: replace(made(attempt), actor=site.GenerateSetLengths)
     )
-    flow = Flow(rows_per_block=64, batch_size=16, batches_in_flight=8)
+    batching = Batching(rows_per_part=64, rows_per_task=16)
     start_ray(num_cpus=4, log_to_driver=False)
-    manifest = stages.write_rows(stage, flow=flow, where=where)
+    manifest = stages.write_rows(stage, batching=batching, where=where)
     ray.shutdown()
     say(
         part="job",
-        images_per_s=manifest.facts["rows_per_s"],
+        images_per_s=manifest.metrics["rows_per_s"],
         tokens=manifest.counts["tokens"],
     )
 
@@ -220,11 +221,11 @@ def rows(bench: Settings) -> None:
     where = Where(root=bench.root, max_actors=1, progress=False)
     engine = EngineConfig(kind="fake", capacity=512, max_model_len=512, tokens_per_step=64)
     stage = _stage(bench.root, engine, embedded.CAPTIONER, bench.out, where)
-    flow = Flow(rows_per_block=2048, batch_size=128, batches_in_flight=8)
+    batching = Batching(rows_per_part=ROWS_PER_PART, rows_per_task=128)
     start_ray(num_cpus=4, log_to_driver=False)
     started_s = time.monotonic()
     with Watcher() as memory:
-        manifest = stages.write_rows(stage, flow=flow, where=where)
+        manifest = stages.write_rows(stage, batching=batching, where=where)
         seconds = time.monotonic() - started_s
     curve = curves(Storage(f"{bench.root}/{stage.out.path}"))[-1]
     settled = [point["seconds"] for point in curve if point["rows"] >= bench.rows / 6]
@@ -252,17 +253,17 @@ def actors(bench: Settings) -> None:
     )
     out = f"actors-{bench.actors}"
     stage = _stage(bench.root, engine, embedded.CAPTIONER, out, where)
-    made = stage.work
-    stage = replace(stage, work=lambda one: replace(made(one), actor=site.GenerateEqualLengths))
+    made = stage.step
+    stage = replace(stage, step=lambda one: replace(made(one), actor=site.GenerateEqualLengths))
     start_ray(num_cpus=bench.actors + 3, log_to_driver=False)
-    flow = Flow(rows_per_block=100, batch_size=25, batches_in_flight=2)
-    stages.write_rows(stage, flow=flow, where=where)
+    batching = Batching(rows_per_part=100, rows_per_task=5)
+    stages.write_rows(stage, batching=batching, where=where)
     curve = curves(Storage(f"{bench.root}/{stage.out.path}"))[-1]
     ray.shutdown()
     full = [point for point in curve if point["actors"] == bench.actors]
     # The second half without its end: until then actors still fill up, one after another.
     steady = full[len(full) // 2 : -max(1, len(full) // 8)]
     first, last = steady[0], steady[-1]
-    # Between the ends of two batches: rows are counted in batches of 5 s, a tenth of the window.
+    # Between two finished slices: the window starts and ends with a step of 1 s.
     rate = (last["rows"] - first["rows"]) / (last["last_row_s"] - first["last_row_s"])
     say(part="actors", actors=bench.actors, images_per_s=round(rate, 3))

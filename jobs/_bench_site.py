@@ -5,24 +5,25 @@ import math
 import random
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from sg4v_ray.batch.generate import Generate
 from sg4v_ray.core.artifact import Ref, begin, commit
 from sg4v_ray.core.lease import hold
-from sg4v_ray.core.records import ImageRow
-from sg4v_ray.core.rows import ROWS, put_rows
+from sg4v_ray.core.records import ImageRow, to_table
+from sg4v_ray.core.row_files import ROWS_PER_INDEX_FILE, put_table
+from sg4v_ray.core.rows import ROWS
 from sg4v_ray.core.storage import Storage
+from sg4v_ray.exactly_once.generate import Generate
 from sg4v_ray.inference.engine import Generation
 from sg4v_ray.model.config import ModelConfig
 
 CAPTIONER = Ref(name="bench-captioner")
 IMAGES = Ref(name="bench-images")
 _SHORTEST, _LONGEST = 16, 200
-_ROWS_PER_FILE = 50_000
 
 
 def model_150m() -> ModelConfig:
@@ -111,21 +112,26 @@ def make_model(storage: Storage) -> None:
 
 
 def make_index(storage: Storage, rows: Iterator[ImageRow], *, out: Ref = IMAGES) -> None:
-    """Write rows as an index, 50,000 a file."""
-    home = begin(storage, out, {}, anew=True)
-    home.delete(ROWS)
-    piece: list[ImageRow] = []
-    count = part = 0
-    for row in rows:
-        piece.append(row)
-        if len(piece) == _ROWS_PER_FILE:
-            put_rows(home, f"{ROWS}/part-{part:05d}.parquet", ImageRow, piece)
-            count, part, piece = count + len(piece), part + 1, []
-    if piece:
-        put_rows(home, f"{ROWS}/part-{part:05d}.parquet", ImageRow, piece)
-    with hold(home) as lease:
-        counts = {"rows": count + len(piece)}
-        commit(storage, out, config={}, inputs={}, counts=counts, attempts=(ROWS,), lease=lease)
+    """Write rows as an index, instead of the index that an earlier case made there."""
+    storage.delete(out.path)
+    artifact_dir = begin(storage, out, {}, anew=True)
+    tables = (to_table(ImageRow, batch) for batch in batched(rows, ROWS_PER_INDEX_FILE))
+    files = tuple(
+        put_table(artifact_dir, f"{ROWS}/part-{number:05d}.parquet", table)
+        for number, table in enumerate(tables)
+    )
+    with hold(artifact_dir) as lease:
+        counts = {"rows": sum(one.rows for one in files)}
+        commit(
+            storage, out, config={}, inputs={}, counts=counts, attempts=(ROWS,), files=files,
+            lease=lease,
+        )  # fmt: skip
+
+
+def batched(rows: Iterator[ImageRow], size: int) -> Iterator[list[ImageRow]]:
+    """Yield lists of `size` rows; the last has fewer."""
+    while batch := list(islice(rows, size)):
+        yield batch
 
 
 def rows_over(files: list[Path], count: int) -> Iterator[ImageRow]:

@@ -176,7 +176,7 @@ def _ours(bench: Bench) -> None:
     """Train once, and print seconds and loss of each step."""
     manifest = parts.train(bench.root, bench.out, steps=bench.steps, threads=bench.threads)
     wanted = ("step_seconds", "losses", "data_wait_share")
-    print(json.dumps({"part": "ours", **{name: manifest.facts[name] for name in wanted}}))
+    print(json.dumps({"part": "ours", **{name: manifest.metrics[name] for name in wanted}}))
 
 
 _KEYS: Final = (

@@ -10,10 +10,10 @@ from pathlib import Path
 import tyro
 
 from jobs._cli import main
-from sg4v_ray.batch.generate import ModelSource
 from sg4v_ray.core.artifact import Ref, find
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.config import ModelSource
 from sg4v_ray.model.exporting import Layout, export_model
 from sg4v_ray.training.launch import model_config
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures that `make show-captioning`'s bench left are those that captioning at scale needs."""
+"""The figures of `make show-captioning` and `make show-captioning-engine` keep their limits."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ RUNS = Path(__file__).parents[2] / "runs"
 
 @pytest.fixture(scope="module")
 def ratios() -> dict[str, float]:
-    """What each case of the bench left, together."""
+    """The ratios of each case of the bench, together."""
     found: dict[str, float] = {}
     for file in RUNS.glob(f"bench-*/{RATIOS}"):
         found |= json.loads(file.read_text())
@@ -25,10 +25,11 @@ def ratios() -> dict[str, float]:
 @pytest.mark.parametrize(
     ("figure", "least"),
     [
-        ("job_over_bare", 0.90),
+        ("job_over_bare", 0.97),
         ("job_over_published", 6.0),
-        ("control_plane_rows_per_s", 1500),
-        ("scaling_64_over_1", 0.95),
+        ("control_plane_rows_per_s", 3000),
+        ("control_plane_over_old", 1.0),
+        ("scaling_64_over_1", 0.98),
     ],
 )
 def test_it_is_fast_enough(ratios: dict[str, float], figure: str, least: float) -> None:
@@ -36,9 +37,9 @@ def test_it_is_fast_enough(ratios: dict[str, float], figure: str, least: float) 
 
 
 @pytest.mark.parametrize(
-    ("figure", "most"), [("memory_end_over_early", 1.15), ("driver_mb", 700), ("restart_s", 60)]
+    ("figure", "most"), [("memory_end_over_early", 1.05), ("driver_mb", 700), ("restart_s", 25)]
 )
-def test_it_stays_small_and_starts_again_soon(
+def test_it_stays_small_and_resumes_soon(
     ratios: dict[str, float], figure: str, most: float
 ) -> None:
     assert ratios[figure] <= most
