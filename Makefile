@@ -9,7 +9,7 @@ CPUS := --where.engine-threads 2
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo clean-demo test test-fast compat check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-teacher show-training show-serving package lock
+.PHONY: help install demo clean-demo test test-fast compat check format loop loop-baselines embed show-line show-captioning show-captioning-engine show-crashes show-plan show-teacher show-training show-serving package lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,7 +76,7 @@ loop-baselines: .venv/installed  ## the same without good captions: one word eac
 show-line: .venv/installed  ## everything this repository claims and a script can show
 	$(MAKE) check
 	$(MAKE) clean-demo demo
-	$(RUN) pytest -m 'not gpu and not shown and not scale and not compat and not ((teacher or training or serving) and soak)'
+	$(RUN) pytest -m 'not gpu and not shown and not scale and not compat and not crashes and not ((teacher or training or serving) and soak)'
 	$(MAKE) loop
 	$(RUN) pytest -m shown tests/shown/test_line.py
 
@@ -86,6 +86,13 @@ show-captioning: .venv/installed  ## what is claimed about captioning at scale (
 	$(RUN) jobs.bench_captions --case control-plane --rows 1200000 --root $(ROOT)/bench-rows
 	$(RUN) jobs.bench_captions --case scaling --root $(ROOT)/bench-scaling
 	$(RUN) pytest -m shown tests/shown/test_captioning.py -k 'not job_over'
+
+show-crashes: .venv/installed  ## a job killed at every storage request is finished by one resume (at most 60 minutes)
+	$(RUN) pytest -m crashes tests/crashes
+
+show-plan: .venv/installed  ## a job over 20 million rows: memory, restarts, commit (at most 40 minutes)
+	$(RUN) jobs.bench_plan --root $(ROOT)/bench-plan
+	$(RUN) pytest -m shown tests/shown/test_plan.py
 
 show-captioning-engine: .venv/installed  ## the same beside the bare engine and the published settings (about 50 minutes)
 	$(RUN) jobs.bench_captions --case engine --images 200 --root $(ROOT)/bench-engine

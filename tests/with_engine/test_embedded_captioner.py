@@ -22,10 +22,10 @@ from serve.config import Limits
 from serve.deployment import ModelDeployment
 from serve.protocol import parse
 from serve.request import ChatModel, to_request
-from sg4v_ray.batch.pixels import ModelPixels, add_images
 from sg4v_ray.core.fetch import FetchConfig
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import Sample, Turn, schema, to_table
+from sg4v_ray.exactly_once.pixels import ModelPixels, add_images
 from sg4v_ray.inference.engine import Completion, Engine, Generation, Pixels, Request, complete
 from sg4v_ray.inference.open import EngineConfig, open_engine
 from sg4v_ray.model.conversation import Conversation
