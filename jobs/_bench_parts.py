@@ -256,7 +256,7 @@ def actors(bench: Settings) -> None:
     made = stage.step
     stage = replace(stage, step=lambda one: replace(made(one), actor=site.GenerateEqualLengths))
     start_ray(num_cpus=bench.actors + 3, log_to_driver=False)
-    batching = Batching(rows_per_part=100, rows_per_task=5)
+    batching = Batching(rows_per_part=100, rows_per_task=25)
     stages.write_rows(stage, batching=batching, where=where)
     curve = curves(Storage(f"{bench.root}/{stage.out.path}"))[-1]
     ray.shutdown()
@@ -264,6 +264,6 @@ def actors(bench: Settings) -> None:
     # The second half without its end: until then actors still fill up, one after another.
     steady = full[len(full) // 2 : -max(1, len(full) // 8)]
     first, last = steady[0], steady[-1]
-    # Between two finished slices: the window starts and ends with a step of 1 s.
+    # Between the ends of two slices: rows are counted in slices of 5 s, a tenth of the window.
     rate = (last["rows"] - first["rows"]) / (last["last_row_s"] - first["last_row_s"])
     say(part="actors", actors=bench.actors, images_per_s=round(rate, 3))

@@ -23,6 +23,7 @@ from typing import Any
 
 from sg4v_ray.core.config import fingerprint, load, to_plain
 from sg4v_ray.core.errors import (
+    ArtifactCorrupt,
     ArtifactDrift,
     ArtifactMissing,
     ConfigError,
@@ -125,6 +126,7 @@ def find(
 
     Raises:
         ArtifactMissing: no manifest, so the job that writes it has not finished.
+        ArtifactCorrupt: its manifest belongs to an earlier artifact that was deleted.
         ArtifactDrift: it was made from another config or from other inputs.
     """
     names = storage.list_folder(ref.path)
@@ -135,7 +137,10 @@ def find(
         if f"{ref.path}/{CONFIG}" in names:
             advice = "Its job was started: run it again, finished work is kept."
         raise ArtifactMissing(f"{ref} is not finished: no {storage.uri(path)}. {advice}")
-    manifest = _read(storage, max(manifests, key=lambda one: (len(one), one)))
+    newest = max(manifests, key=lambda one: (len(one), one))
+    manifest = _read(storage, newest)
+    if f"{ref.path}/{CONFIG}" in names:
+        _check_pinned(storage, ref, newest, manifest)
     if config is not None:
         stored = {"config": manifest.identity or manifest.config, "inputs": manifest.inputs}
         _check_same(storage, ref, stored, config, inputs or {})
@@ -189,6 +194,25 @@ def begin(
         stored = {"config": old.get("identity") or old["config"], "inputs": old["inputs"]}
         _check_same(storage, ref, stored, config, inputs or {})
     return home
+
+
+def _check_pinned(storage: Storage, ref: Ref, path: str, manifest: Manifest) -> None:
+    """Compare a manifest with the config that this folder was started with.
+
+    They differ if a folder was deleted and started again while a writer of the deleted artifact was
+    suspended between its last check and its commit.
+    """
+    pinned = json.loads(storage.get(f"{ref.path}/{CONFIG}"))
+    if "identity" in pinned and manifest.identity:
+        same = pinned["identity"] == manifest.identity
+    else:
+        same = pinned["config"] == manifest.config
+    if not same or pinned["inputs"] != manifest.inputs:
+        raise ArtifactCorrupt(
+            f"{storage.uri(path)} was written by a job of an artifact that was deleted: its config "
+            f"is not that of {CONFIG} beside it. Delete this one file and run the job again; its "
+            "committed parts are kept"
+        )
 
 
 def _check_same(

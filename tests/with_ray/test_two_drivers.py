@@ -21,7 +21,7 @@ from sg4v_ray.recipes.easy_vqa import CAPTIONS
 from tests.waiting import eventually
 from tests.with_ray.caption_site import CAPTIONER, Site, make_site
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def written(site: Site) -> dict[str, int]:
@@ -37,7 +37,7 @@ def written(site: Site) -> dict[str, int]:
 def submit_two(site: Site) -> None:
     """Submit two drivers at once and one right after the commit; check their ends."""
     drivers = [site.drive() for _ in range(2)]
-    eventually(lambda: is_finished(site.storage, CAPTIONS, config=None), within_s=300)
+    eventually(lambda: is_finished(site.storage, CAPTIONS, config=None), within_s=600)
     late, committed = site.drive(), written(site)
     codes = [driver.wait() for driver in drivers]
     late.succeed()
