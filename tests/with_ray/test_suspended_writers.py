@@ -211,7 +211,8 @@ def test_a_writer_of_a_deleted_artifact_adds_nothing_to_its_successor_with_anoth
     old_identity = identity_of(site, part_name(0))
     old_texts = texts(site, [f"{ATTEMPT}/{part_name(0)}"])
     shutil.rmtree(artifact_dir(site).root)
-    successor = jobs.drive(site, *OTHER_PROMPT)
+    # As slow, so that the parts in flight of the old driver come before its own.
+    successor = jobs.drive(site, *OTHER_PROMPT, *([SLOW] if moment == "before" else []))
     deleted = f"{artifact_dir(site).root} was deleted while this job wrote to it"
     if moment == "before":
         successor.until(lambda: site.committed() > 0)
