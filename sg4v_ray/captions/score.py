@@ -9,7 +9,7 @@ Nothing is removed here: a `CaptionFilter` decides that when a dataset is built.
 import asyncio
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -169,7 +169,7 @@ class Score(PartActor):
         self._clip = Clip(clip, threads=threads)
         self._progress.ready.remote(self._name)
 
-    async def process(self, rows: pa.Table) -> pa.Table:
+    async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
         """Score every row that has a caption and an image."""
         plain = rows.select(["image", "text"]).to_pylist()
         scored = [place for place, row in enumerate(plain) if row["image"] is not None]

@@ -6,6 +6,7 @@ worker, and what is on its way outlives a pool that is built again. Pool actors 
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -208,9 +209,17 @@ class AskTeacher(PartActor):
         """Return the rows that wait for an answer, as an engine reports its requests."""
         return EngineStats(running=self._waiting, waiting=0, decode_steps=0)
 
-    async def process(self, rows: pa.Table) -> pa.Table:
+    async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
         """Ask about every row that has an image; keep the reject of every row that has none."""
-        answers = await asyncio.gather(*map(self._answer, rows.to_pylist()))
+
+        async def answer(row: dict[str, Any]) -> TeacherAnswer:
+            found = await self._answer(row)
+            release_row()
+            return found
+
+        plain = rows.to_pylist()
+        rows = rows.drop_columns(["image"])
+        answers = await asyncio.gather(*map(answer, plain))
         self._progress.finish.remote(
             self._name,
             [],
@@ -227,7 +236,7 @@ class AskTeacher(PartActor):
         self._waiting += 1
         try:
             answer: TeacherAnswer = await self._desk.caption.remote(
-                *(row[name] for name in COLUMNS), self._attempt
+                *(row.pop(name) for name in COLUMNS), self._attempt
             )
             return answer
         except RayActorError as error:
@@ -268,8 +277,8 @@ _TYPES: Final = {
 
 
 def with_answers(batch: pa.Table, answers: list[TeacherAnswer]) -> pa.Table:
-    """Replace a batch's image by its answers; the order of rows stays."""
-    table = batch.drop_columns(["image", "reject", "reject_detail", "prompt"])
+    """Replace a batch's prompts and rejects by its answers; the order of rows stays."""
+    table = batch.drop_columns(["reject", "reject_detail", "prompt"])
     for name, kind in _TYPES.items():
         table = table.append_column(name, pa.array([getattr(one, name) for one in answers], kind))
     return table

@@ -24,7 +24,7 @@ class Batching:
     an artifact; larger where an index would have more than 50,000 parts. A kill loses the parts
     in flight."""
     rows_per_task: int = 16
-    """Rows of one decode task."""
+    """Rows of one decode task; fewer where an engine processes less than twice as many at once."""
 
     def __post_init__(self) -> None:
         for name in ("rows_per_part", "rows_per_task"):

@@ -2,6 +2,7 @@
 """The work actor around an engine: rows with an image in, rows with a text or a reject out."""
 
 import asyncio
+import functools
 import hashlib
 import logging
 import os
@@ -81,8 +82,8 @@ def row_seed(key: str, *, attempt: int, config: str) -> int:
 
 
 def with_answers(batch: pa.Table, answers: list[Answer], *, text_column: str) -> pa.Table:
-    """Replace a batch's image by its answers; the order of rows stays."""
-    table = batch.drop_columns(["image", "reject", "reject_detail"])
+    """Replace a batch's rejects by its answers; the order of rows stays."""
+    table = batch.drop_columns(["reject", "reject_detail"])
     columns = {
         text_column: pa.array([one.text for one in answers], pa.string()),
         "num_tokens": pa.array([one.num_tokens for one in answers], pa.int64()),
@@ -130,14 +131,15 @@ class Generate(PartActor):
         """Return the load of the engine; None while it loads."""
         return None if self._engine is None else self._engine.stats()
 
-    async def process(self, rows: pa.Table) -> pa.Table:
+    async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
         """Answer every row with an image; keep the reject of every row without one."""
         plain = rows.to_pylist()
+        rows = rows.drop_columns(["image"])
         started_s = time.monotonic()
         good = {row["id"]: row for row in plain if row["reject"] is None}
         found = await run_tracked(
             good,
-            run=self._answer_all,
+            run=functools.partial(self._answer_all, release_row=release_row),
             condemn=_condemned,
             tracker=self._tracker,
             lock=self._lock,
@@ -153,10 +155,18 @@ class Generate(PartActor):
         )
         return with_answers(rows, answers, text_column=self._text_column)
 
-    async def _answer_all(self, rows: Sequence[dict[str, Any]]) -> list[Answer]:
+    async def _answer_all(
+        self, rows: Sequence[dict[str, Any]], *, release_row: Callable[[], None]
+    ) -> list[Answer]:
         """Answer rows together. A dead engine ends this process, and Ray starts another one."""
+
+        async def answer(row: dict[str, Any]) -> Answer:
+            found = await self._answer(row)
+            release_row()
+            return found
+
         try:
-            return await asyncio.gather(*map(self._answer, rows))
+            return await asyncio.gather(*map(answer, rows))
         except EngineDead as error:
             _log.error("the engine died and is started again: %s", error)
             os._exit(1)
@@ -165,7 +175,7 @@ class Generate(PartActor):
         assert self._engine is not None
         request = Request(
             token_ids=self._ask(row),
-            images=(_pixels(row["image"], self._size),),
+            images=(_pixels(row.pop("image"), self._size),),
             generation=self._generation(row["id"]),
         )
         try:
@@ -174,6 +184,8 @@ class Generate(PartActor):
             raise
         except EngineError as error:
             return Answer(None, 0, None, Reject.ENGINE_ERROR.value, str(error))
+        finally:
+            del request
         text = self._conversation.decode(completion.token_ids)
         return judge(text, completion, cut_off=self._config.cut_off, accept=self._accept)
 

@@ -64,7 +64,7 @@ class PartJob:
     """Record class of the rows that come out."""
     decode_cpus: float
     rows_per_task: int
-    """Rows of one decode task."""
+    """Rows of one decode task, at most `rows_in_flight`."""
     decode_tasks: int
     """Decode tasks of one actor at once."""
 
@@ -73,12 +73,11 @@ class RowBudget:
     """A first-in first-out semaphore that counts rows. For one event loop."""
 
     def __init__(self, rows: int) -> None:
-        self._free = self._all = rows
+        self._free = rows
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def acquire(self, rows: int) -> None:
-        """Wait until `rows` (at most all) are free, in the order of the calls."""
-        rows = min(rows, self._all)
+        """Wait until `rows` (never more than all) are free, in the order of the calls."""
         if not self._waiting and rows <= self._free:
             self._free -= rows
             return
@@ -93,7 +92,7 @@ class RowBudget:
 
     def release(self, rows: int) -> None:
         """Give rows back."""
-        self._free += min(rows, self._all)
+        self._free += rows
         while self._waiting:
             rows, turn = self._waiting[0]
             if turn.cancelled():
@@ -118,7 +117,7 @@ class PartActor(ABC):
     ) -> None:
         self._job, self._progress = job, progress
         self._name = str(ray.get_runtime_context().get_actor_id())
-        self._budget = RowBudget(max(rows_in_flight, job.rows_per_task))
+        self._budget = RowBudget(rows_in_flight)
         self._decoding = asyncio.Semaphore(job.decode_tasks)
         self._software = software_versions()
         self._schema = schema(job.record)
@@ -130,10 +129,14 @@ class PartActor(ABC):
         self._decode = decode_task.options(num_cpus=job.decode_cpus, name=f"decode {job.out.root}")
 
     @abstractmethod
-    async def process(self, rows: pa.Table) -> pa.Table:
+    async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
         """Turn prepared rows into rows of the record class, in any order of columns.
 
         Runs on the actor's own event loop, several calls at once.
+
+        Args:
+            release_row: to be called when the image of a row is no longer referenced, at most once
+                for each row; another row is then decoded. The others are released at the end.
         """
 
     def stats(self) -> EngineStats | None:
@@ -171,13 +174,23 @@ class PartActor(ABC):
         return await asyncio.to_thread(self._commit, part, name, rows["id"], table)
 
     async def _process_slice(self, rows: pa.Table) -> pa.Table:
-        await self._budget.acquire(len(rows))
+        held = len(rows)
+        await self._budget.acquire(held)
+
+        def release_row() -> None:
+            nonlocal held
+            held -= 1
+            self._budget.release(1)
+
         try:
-            async with self._decoding:
-                prepared = await self._prepare_rows(rows)
-            return self._as_record(await self.process(prepared))
+            # No variable here: `process` holds the only reference to the images.
+            return self._as_record(await self.process(await self._decoded(rows), release_row))
         finally:
-            self._budget.release(len(rows))
+            self._budget.release(held)
+
+    async def _decoded(self, rows: pa.Table) -> pa.Table:
+        async with self._decoding:
+            return await self._prepare_rows(rows)
 
     async def _prepare_rows(self, rows: pa.Table) -> pa.Table:
         try:

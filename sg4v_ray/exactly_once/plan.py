@@ -74,7 +74,7 @@ class ActorStep:
     record: type
     """Record class of the rows that come out."""
     capacity: int
-    """Rows that one actor processes at once. Twice as many are decoded or in process."""
+    """Rows that one actor processes at once. At most twice as many are decoded or in process."""
     paid_usd: Callable[[], float] | None = None
     """Returns the amount that all runs of this job have paid to a provider; None without one."""
 
@@ -283,6 +283,8 @@ def _execute(
 ) -> Iterator[int]:
     """Yield the number of each part as soon as it is committed."""
     rows_in_flight = 2 * step.capacity
+    # A decode task waits until all its rows fit: with small tasks the engine stays full meanwhile.
+    rows_per_task = min(batching.rows_per_task, math.ceil(step.capacity / 2))
     rows_per_part = max(part.rows for part, _ in todo)
     job = PartJob(
         index=attempt.index,
@@ -292,8 +294,8 @@ def _execute(
         prepare=step.prepare,
         record=step.record,
         decode_cpus=where.decode_cpus,
-        rows_per_task=batching.rows_per_task,
-        decode_tasks=decode_tasks_per_actor(where, rows_in_flight, batching.rows_per_task),
+        rows_per_task=rows_per_task,
+        decode_tasks=decode_tasks_per_actor(where, rows_in_flight, rows_per_task),
     )
     shared = {**step.kwargs, "job": job, "rows_in_flight": rows_in_flight}
     # Not from_arrow: that runs one task for each table.

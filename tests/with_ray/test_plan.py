@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the plan promises about where its steps run and how much it holds at once."""
 
+import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def prepare(table: pa.Table) -> pa.Table:
 class Worker(PartActor):
     """The smallest work actor."""
 
-    async def process(self, rows: pa.Table) -> pa.Table:
+    async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
         size = len(rows)
         for name, values in (
             ("worked", pa.array([os.getpid()] * size)),
@@ -58,6 +60,25 @@ class Worker(PartActor):
             rows = rows.append_column(name, values)
         self._progress.finish.remote("w", [], rows=size, tokens=0, rejects=[], engine_s=0.0)
         return rows
+
+
+class ReleasesRows(Worker):
+    """Releases one row of each slice, and ends no slice before `STARTED` of them were started."""
+
+    STARTED = 6
+
+    def __init__(self, **part_actor: Any) -> None:
+        self._started, self._enough = 0, asyncio.Event()
+        super().__init__(**part_actor)
+        self._progress.ready.remote(self._name)
+
+    async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
+        self._started += 1
+        if self._started == self.STARTED:
+            self._enough.set()
+        release_row()
+        await self._enough.wait()
+        return await super().process(rows, release_row)
 
 
 def index_of(storage: Storage, rows: int) -> RowIndex:
@@ -70,13 +91,21 @@ def index_of(storage: Storage, rows: int) -> RowIndex:
     return RowIndex(folder=storage.sub("index"), files=files)
 
 
-def send(storage: Storage, where: Where, rows: int, *, name: str = "out") -> list[dict[str, Any]]:
+def send(
+    storage: Storage,
+    where: Where,
+    rows: int,
+    *,
+    name: str = "out",
+    actor: type[PartActor] = Worker,
+    capacity: int = 8,
+) -> list[dict[str, Any]]:
     """Run the plan over an index, and return its rows."""
     artifact_dir = storage.sub(f"{name}/v1")
     attempt = Attempt(
         artifact_dir=artifact_dir, number=1, index=index_of(storage, rows), identity="test"
     )
-    step = ActorStep(actor=Worker, kwargs={}, prepare=prepare, record=Pids, capacity=8)
+    step = ActorStep(actor=actor, kwargs={}, prepare=prepare, record=Pids, capacity=capacity)
     with hold(artifact_dir) as lease:
         checked, _ = plan.run(
             attempt, step=step, batching=Batching(rows_per_part=8), where=where, lease=lease
@@ -91,6 +120,13 @@ def test_decoding_never_runs_inside_the_engines_actor(tmp_path: Path) -> None:
     found = send(Storage(where.root), where, 20)
     assert [row["id"] for row in found] == [str(n) for n in range(20)]
     assert all(row["prepared"] != row["worked"] for row in found)
+
+
+def test_rows_are_decoded_while_the_last_rows_of_a_slice_are_in_process(tmp_path: Path) -> None:
+    # Capacity 4: 8 rows in 4 slices of 2 are in flight. One released row of each slice makes room
+    # for 2 more slices; whole slices would wait for each other indefinitely.
+    where = Where(root=str(tmp_path), engine_cpus=0.5, progress=False, max_actors=1)
+    assert len(send(Storage(where.root), where, 40, actor=ReleasesRows, capacity=4)) == 40
 
 
 @pytest.mark.timeout(300)

@@ -175,7 +175,7 @@ def test_a_writer_that_continues_after_it_was_overtaken_changes_nothing(
 ) -> None:
     site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, PARTS * ROWS_PER_PART)
     old = jobs.drive(site, SLOW)
-    old.until(lambda: site.committed() >= 2 * ROWS_PER_PART)
+    old.until(lambda: site.committed() > 0)
     stopped = jobs.suspend(old)
     if not has_full_lease:
         take_over(site)
