@@ -17,7 +17,6 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -25,6 +24,7 @@ from typing import Any, Final
 from sg4v_ray.captions.teacher import Reply
 from sg4v_ray.core.errors import ArtifactCorrupt, Sg4vError
 from sg4v_ray.core.lease import refuse_overtaken
+from sg4v_ray.core.map_ahead import map_ahead
 from sg4v_ray.core.retry import RetryPolicy, retrying
 from sg4v_ray.core.storage import STORAGE_ERRORS, Storage
 
@@ -283,5 +283,5 @@ def _fail(notes: Iterable[tuple[str, "asyncio.Future[None]"]], error: BaseExcept
 
 def _read_all(notes: Storage, names: list[str]) -> Iterable[tuple[str, str]]:
     """Read objects many at once: a bucket answers each after some time."""
-    with ThreadPoolExecutor(32) as pool:
-        yield from zip(names, (one.decode() for one in pool.map(notes.get, names)), strict=True)
+    texts = map_ahead(notes.get, names, threads=32, ahead=256)
+    return zip(names, (one.decode() for one in texts), strict=True)

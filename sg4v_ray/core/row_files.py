@@ -8,9 +8,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sg4v_ray.core.errors import ArtifactCorrupt
+from sg4v_ray.core.map_ahead import map_ahead
 from sg4v_ray.core.storage import Storage
 
 ROWS_PER_INDEX_FILE: Final = 100_000
@@ -132,15 +131,7 @@ def read_tables(
             )
         return table
 
-    waiting = iter(files)
-    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read-rows") as pool:
-        ahead: list[Future[pa.Table]] = [
-            pool.submit(read, one) for one in islice(waiting, READ_THREADS)
-        ]
-        while ahead:
-            table = ahead.pop(0).result()
-            ahead += [pool.submit(read, one) for one in islice(waiting, 1)]
-            yield table
+    return map_ahead(read, files, threads=READ_THREADS, ahead=READ_THREADS)
 
 
 def write_index(folder: Storage, tables: Iterable[pa.Table]) -> RowIndex:

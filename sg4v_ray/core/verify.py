@@ -13,10 +13,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Final, Never
 
 import numpy as np
@@ -30,6 +28,7 @@ from tqdm import tqdm
 
 from sg4v_ray.core.artifact import CONFIG, Manifest, Ref, find
 from sg4v_ray.core.errors import ArtifactCorrupt, ConfigError, StorageError
+from sg4v_ray.core.map_ahead import map_ahead
 from sg4v_ray.core.row_files import (
     READ_THREADS,
     RowFile,
@@ -417,15 +416,7 @@ class _RowCheck:
         def check(file: RowFile) -> _FileCheck:
             return _check_file(self._dir, file, sizes.get(file.path))
 
-        waiting = iter(files)
-        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="verify") as pool:
-            ahead: list[Future[_FileCheck]] = [
-                pool.submit(check, one) for one in islice(waiting, 2 * READ_THREADS)
-            ]
-            while ahead:
-                result = ahead.pop(0).result()
-                ahead += [pool.submit(check, one) for one in islice(waiting, 1)]
-                yield result
+        return map_ahead(check, files, threads=READ_THREADS, ahead=2 * READ_THREADS)
 
     def _report_duplicates(self, files: Sequence[RowFile], hashes: "_Hashes") -> None:
         """Report ids that occur several times in an attempt.

@@ -14,7 +14,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sg4v_ray.core.map_ahead import map_ahead
 from sg4v_ray.core.row_files import READ_THREADS, RowFile, RowIndex, hash_ids, read_tables
 from sg4v_ray.core.storage import Storage
 
@@ -31,6 +31,8 @@ _METADATA: Final = b"sg4v.part"
 _NAME: Final = re.compile(r"part-(\d{6,})(?:\.r(\d+))?\.parquet")
 _FOOTER_BYTES: Final = 16_384
 """First read of a footer. A larger footer costs a second read."""
+_FOOTERS_AHEAD: Final = 256
+"""Footers that wait for their turn. All 50,000 at once would take 160 MB."""
 _MAGIC: Final = b"PAR1"
 
 
@@ -236,7 +238,10 @@ def check_parts(
     listed = revisions_listed(sizes)
     index_sha256 = index.sha256
 
-    def check(part: Part, ids: str) -> tuple[PartFooter | None, str, list[PartProblem]]:
+    def check(
+        expected: tuple[Part, str],
+    ) -> tuple[Part, PartFooter | None, str, list[PartProblem]]:
+        part, ids = expected
         problems = []
         for revision in listed.get(part.number, ()):
             name = part_name(part.number, revision)
@@ -247,32 +252,30 @@ def check_parts(
                 continue
             reason = _mismatch(footer, part, ids, identity, index_sha256)
             if reason is None:
-                return footer, name, []
+                return part, footer, name, []
             problems.append(PartProblem(part, name, reason))
-        return None, "", problems
+        return part, None, "", problems
 
     files, figures, problems, missing = [], [], [], []
     software: dict[str, dict[str, str]] = {}
-    with ThreadPoolExecutor(2 * READ_THREADS, thread_name_prefix="footers") as pool:
-        pending = []
-        for part, ids in expected_ids(index, parts):
-            pending.append((part, pool.submit(check, part, ids)))
-        for part, result in pending:
-            footer, name, found = result.result()
-            problems += found
-            if footer is None:
-                missing.append(part)
-                continue
-            figures.append(footer.figures)
-            software.setdefault(json.dumps(footer.software, sort_keys=True), footer.software)
-            files.append(
-                RowFile(
-                    path=name,
-                    rows=footer.figures.rows,
-                    size_bytes=footer.size_bytes,
-                    ids_sha256=footer.ids_sha256,
-                )
+    expected = expected_ids(index, parts)
+    for part, footer, name, found in map_ahead(
+        check, expected, threads=2 * READ_THREADS, ahead=_FOOTERS_AHEAD
+    ):
+        problems += found
+        if footer is None:
+            missing.append(part)
+            continue
+        figures.append(footer.figures)
+        software.setdefault(json.dumps(footer.software, sort_keys=True), footer.software)
+        files.append(
+            RowFile(
+                path=name,
+                rows=footer.figures.rows,
+                size_bytes=footer.size_bytes,
+                ids_sha256=footer.ids_sha256,
             )
+        )
     return CheckedParts(
         files=tuple(files),
         figures=tuple(figures),
