@@ -61,6 +61,17 @@ def most_actors(where: Where) -> int:
     return max(where.min_actors, min(where.max_actors, fit))
 
 
+def rows_per_decode_task(capacity: int, at_most: int) -> int:
+    """Return the size of decode tasks that keeps an engine full with twice its capacity in flight.
+
+    A task starts when all its rows fit, so it has at most half of the capacity: as many decoded
+    rows wait while it runs. Of the larger half of the possible sizes, the size that leaves the
+    fewest of the rows in flight unused.
+    """
+    most = min(at_most, math.ceil(capacity / 2))
+    return min(range(math.ceil(most / 2), most + 1), key=lambda rows: (2 * capacity % rows, -rows))
+
+
 def decode_tasks_per_actor(where: Where, rows_in_flight: int, rows_per_task: int) -> int:
     """Return how many decode tasks one actor keeps running.
 

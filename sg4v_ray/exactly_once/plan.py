@@ -37,6 +37,7 @@ from sg4v_ray.exactly_once.capacity import (
     check_cluster_capacity,
     decode_tasks_per_actor,
     most_actors,
+    rows_per_decode_task,
 )
 from sg4v_ray.exactly_once.config import Batching
 from sg4v_ray.exactly_once.monitor import JobMonitor, Resize, monitored
@@ -283,8 +284,7 @@ def _execute(
 ) -> Iterator[int]:
     """Yield the number of each part as soon as it is committed."""
     rows_in_flight = 2 * step.capacity
-    # A decode task waits until all its rows fit: with small tasks the engine stays full meanwhile.
-    rows_per_task = min(batching.rows_per_task, math.ceil(step.capacity / 2))
+    rows_per_task = rows_per_decode_task(step.capacity, batching.rows_per_task)
     rows_per_part = max(part.rows for part, _ in todo)
     job = PartJob(
         index=attempt.index,

@@ -3,6 +3,9 @@
 
 import asyncio
 
+import pytest
+
+from sg4v_ray.exactly_once.capacity import rows_per_decode_task
 from sg4v_ray.exactly_once.part_actor import RowBudget
 
 
@@ -49,3 +52,20 @@ def test_a_cancelled_request_gives_its_rows_to_the_next() -> None:
         assert waiting[0].cancelled()
 
     asyncio.run(cancel_the_first_waiter())
+
+
+@pytest.mark.parametrize(
+    ("capacity", "at_most", "rows"),
+    [(1, 16, 1), (2, 16, 1), (5, 16, 2), (8, 16, 4), (53, 16, 15), (64, 16, 16), (512, 128, 128)],
+)
+def test_decode_tasks_use_all_rows_in_flight_and_leave_half_of_the_engine_fed(
+    capacity: int, at_most: int, rows: int
+) -> None:
+    assert rows_per_decode_task(capacity, at_most) == rows
+
+
+def test_no_decode_task_is_larger_than_half_of_the_capacity_or_leaves_an_eighth_unused() -> None:
+    for capacity in range(1, 1000):
+        rows = rows_per_decode_task(capacity, 16)
+        assert 1 <= rows <= (capacity + 1) // 2
+        assert 2 * capacity % rows <= capacity / 8
