@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import imagehash
 import numpy as np
@@ -37,6 +37,9 @@ from sg4v_ray.exactly_once.plan import ActorStep
 from sg4v_ray.exactly_once.stage import Stage, input_fingerprints, write_rows
 from sg4v_ray.inference.clip_config import ClipConfig
 from sg4v_ray.model.geometry import as_model_sees
+
+if TYPE_CHECKING:  # torch: the driver does without
+    from sg4v_ray.inference.clip import Clip
 
 _ROWS_AT_ONCE: Final = 32
 """Rows of one actor at once: the CLIP model takes one slice after another."""
@@ -162,12 +165,19 @@ class Score(PartActor):
     """Work actor with one CLIP model."""
 
     def __init__(self, *, clip: ClipConfig, threads: int, **part_actor: Any) -> None:
-        from sg4v_ray.inference.clip import Clip  # torch: the driver does without
-
-        self._size, self._one_at_a_time = clip.image_size, threading.Lock()
+        self._config, self._threads = clip, threads
+        self._one_at_a_time = threading.Lock()
         super().__init__(**part_actor)
-        self._clip = Clip(clip, threads=threads)
-        self._progress.ready.remote(self._name)
+
+    async def load(self) -> None:
+        """Load the CLIP model."""
+
+        def open_clip() -> "Clip":
+            from sg4v_ray.inference.clip import Clip
+
+            return Clip(self._config, threads=self._threads)
+
+        self._clip = await asyncio.to_thread(open_clip)
 
     async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
         """Score every row that has a caption and an image."""
@@ -193,7 +203,7 @@ class Score(PartActor):
     def _scores(self, rows: list[dict[str, Any]]) -> list[list[float]]:
         if not rows:
             return []
-        side = self._size
+        side = self._config.image_size
         images = [np.frombuffer(row["image"], np.uint8).reshape(side, side, 3) for row in rows]
         with self._one_at_a_time:
             return self._clip.score(images, [self._clip.pieces(row["text"]) for row in rows])

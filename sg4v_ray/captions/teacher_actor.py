@@ -203,7 +203,6 @@ class AskTeacher(PartActor):
     ) -> None:
         self._desk, self._attempt, self._waiting = desk, attempt, 0
         super().__init__(**part_actor)
-        self._progress.ready.remote(self._name)
 
     def stats(self) -> EngineStats:
         """Return the rows that wait for an answer, as an engine reports its requests."""

@@ -118,14 +118,20 @@ class Generate(PartActor):
         self._prompt: tuple[int, ...] | None = None
         self._engine: Engine | None = None
         self._lock = SharedExclusiveLock()
+        self._model, self._engine_config, self._threads = model, engine, threads
         super().__init__(**part_actor)
         self._tracker = _TrackerCalls(self._progress, self._name)
-        folder = model.localise()
-        self._conversation = Conversation.open(folder, config.template)
-        opened = open_engine(engine, folder, threads=threads)
-        self._loop.run(opened.start())
-        self._engine = opened
-        self._progress.ready.remote(self._name)
+
+    async def load(self) -> None:
+        """Copy the model to this node and start the engine."""
+        engine = await asyncio.to_thread(self._open_engine)
+        await engine.start()
+        self._engine = engine
+
+    def _open_engine(self) -> Engine:
+        folder = self._model.localise()
+        self._conversation = Conversation.open(folder, self._config.template)
+        return open_engine(self._engine_config, folder, threads=self._threads)
 
     def stats(self) -> EngineStats | None:
         """Return the load of the engine; None while it loads."""

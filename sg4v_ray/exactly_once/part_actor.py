@@ -4,7 +4,8 @@
     part -> slices of index rows -> decode tasks -> `process` of a subclass -> one Parquet object
 
 Decode tasks run on any node. The actor starts them itself, so that at most `rows_in_flight` rows of
-all its parts are decoded or being processed at once, whatever the size of a part.
+all its parts are decoded or being processed at once, whatever the size of a part. They start while
+the actor loads its engine.
 """
 
 import asyncio
@@ -127,6 +128,14 @@ class PartActor(ABC):
         _report_start(progress, self._name)
         self._loop.submit(send_heartbeats(progress, self._name, self.stats))
         self._decode = decode_task.options(num_cpus=job.decode_cpus, name=f"decode {job.out.root}")
+        self._loading = self._loop.submit(self._load())
+
+    async def load(self) -> None:  # noqa: B027  most actors have an engine, some have none
+        """Load the engine that `process` needs; no call of `process` begins before its end.
+
+        Runs on the actor's own event loop. A subclass sets its attributes before
+        `PartActor.__init__`, which starts this.
+        """
 
     @abstractmethod
     async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
@@ -190,7 +199,14 @@ class PartActor(ABC):
 
     async def _decoded(self, rows: pa.Table) -> pa.Table:
         async with self._decoding:
-            return await self._prepare_rows(rows)
+            prepared = await self._prepare_rows(rows)
+        # Shielded: the cancellation of a slice must not end the load for all others.
+        await asyncio.shield(asyncio.wrap_future(self._loading))
+        return prepared
+
+    async def _load(self) -> None:
+        await self.load()
+        self._progress.ready.remote(self._name)
 
     async def _prepare_rows(self, rows: pa.Table) -> pa.Table:
         try:

@@ -2,6 +2,7 @@
 """What the plan promises about where its steps run and how much it holds at once."""
 
 import asyncio
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,6 +63,9 @@ class Worker(PartActor):
         return rows
 
 
+STEP = ActorStep(actor=Worker, kwargs={}, prepare=prepare, record=Pids, capacity=8)
+
+
 class ReleasesRows(Worker):
     """Releases one row of each slice, and ends no slice before `STARTED` of them were started."""
 
@@ -70,7 +74,6 @@ class ReleasesRows(Worker):
     def __init__(self, **part_actor: Any) -> None:
         self._started, self._enough = 0, asyncio.Event()
         super().__init__(**part_actor)
-        self._progress.ready.remote(self._name)
 
     async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
         self._started += 1
@@ -79,6 +82,23 @@ class ReleasesRows(Worker):
         release_row()
         await self._enough.wait()
         return await super().process(rows, release_row)
+
+
+class LoadsAfterDecoding(Worker):
+    """Ends its load when a decode task has run."""
+
+    def __init__(self, *, decoded: Path, **part_actor: Any) -> None:
+        self._marker = decoded
+        super().__init__(**part_actor)
+
+    async def load(self) -> None:
+        while not self._marker.exists():
+            await asyncio.sleep(0.05)
+
+
+def prepare_and_mark(table: pa.Table, *, decoded: Path) -> pa.Table:
+    decoded.touch()
+    return prepare(table)
 
 
 def index_of(storage: Storage, rows: int) -> RowIndex:
@@ -97,15 +117,13 @@ def send(
     rows: int,
     *,
     name: str = "out",
-    actor: type[PartActor] = Worker,
-    capacity: int = 8,
+    step: ActorStep = STEP,
 ) -> list[dict[str, Any]]:
     """Run the plan over an index, and return its rows."""
     artifact_dir = storage.sub(f"{name}/v1")
     attempt = Attempt(
         artifact_dir=artifact_dir, number=1, index=index_of(storage, rows), identity="test"
     )
-    step = ActorStep(actor=actor, kwargs={}, prepare=prepare, record=Pids, capacity=capacity)
     with hold(artifact_dir) as lease:
         checked, _ = plan.run(
             attempt, step=step, batching=Batching(rows_per_part=8), where=where, lease=lease
@@ -126,7 +144,20 @@ def test_rows_are_decoded_while_the_last_rows_of_a_slice_are_in_process(tmp_path
     # Capacity 4: 8 rows in 4 slices of 2 are in flight. One released row of each slice makes room
     # for 2 more slices; whole slices would wait for each other indefinitely.
     where = Where(root=str(tmp_path), engine_cpus=0.5, progress=False, max_actors=1)
-    assert len(send(Storage(where.root), where, 40, actor=ReleasesRows, capacity=4)) == 40
+    step = replace(STEP, actor=ReleasesRows, capacity=4)
+    assert len(send(Storage(where.root), where, 40, step=step)) == 40
+
+
+def test_the_first_rows_are_decoded_while_the_engine_loads(tmp_path: Path) -> None:
+    where = Where(root=str(tmp_path), engine_cpus=0.5, progress=False, max_actors=1)
+    decoded = tmp_path / "decoded"
+    step = replace(
+        STEP,
+        actor=LoadsAfterDecoding,
+        kwargs={"decoded": decoded},
+        prepare=functools.partial(prepare_and_mark, decoded=decoded),
+    )
+    assert len(send(Storage(where.root), where, 20, step=step)) == 20
 
 
 @pytest.mark.timeout(300)

@@ -38,13 +38,16 @@ from tests.with_ray.caption_site import (
 pytestmark = [pytest.mark.scale, pytest.mark.timeout(1200)]
 
 ENGINE = "MapBatches(Generate)"
-CAPACITY = 64
-IN_FLIGHT = 2 * CAPACITY
+IN_FLIGHT = 128
+ROWS_PER_TASK = 16
+CAPACITY = (IN_FLIGHT + ROWS_PER_TASK) // 2
+"""Of twice as many rows in flight, less than one task is missing at any time."""
+ROWS_PER_PART = 64
 FLAGS = (
     f"--engine.capacity={CAPACITY}",
     "--engine.latency-s=0.2",  # 10 s for a part
-    f"--batching.rows-per-part={CAPACITY}",
-    "--batching.rows-per-task=16",
+    f"--batching.rows-per-part={ROWS_PER_PART}",
+    f"--batching.rows-per-task={ROWS_PER_TASK}",
 )
 POISON = 251
 
@@ -99,7 +102,7 @@ def wait_for_a_part(driver: Driver, site: Site, before: int) -> None:
 
 
 def wait_until_all_rows_are_in_flight(driver: Driver, site: Site) -> None:
-    """Wait for a status with a full engine and as many rows that wait in it.
+    """Wait for a status with a full engine and so many rows that wait in it that 128 are in flight.
 
     The status is written after a part is committed, so that the rows in the engine are new.
     """
@@ -107,7 +110,8 @@ def wait_until_all_rows_are_in_flight(driver: Driver, site: Site) -> None:
     since, status = time.time(), Path(site.storage.uri(f"{CAPTIONS.path}/{STATUS}"))
     driver.until(
         lambda: (
-            status.stat().st_mtime > since and json.loads(status.read_text())["queue"] == CAPACITY
+            status.stat().st_mtime > since
+            and json.loads(status.read_text())["queue"] >= IN_FLIGHT - CAPACITY
         )
     )
 
@@ -123,14 +127,15 @@ def test_128_rows_in_flight_at_a_preemption_are_run_again_together(
     tmp_path: Path, tiny_model: Path, nodes: Nodes, has_notice: bool
 ) -> None:
     root = str(tmp_path / "runs")
-    site = make_site(root, tmp_path, tiny_model, 10 * CAPACITY, RAY_ADDRESS=nodes.address)
+    site = make_site(root, tmp_path, tiny_model, 10 * ROWS_PER_PART, RAY_ADDRESS=nodes.address)
     driver = site.drive(flags=FLAGS)
     wait_until_all_rows_are_in_flight(driver, site)
     before, lost_s = num_parts(site), time.monotonic()
     nodes.lose_the_engines(has_notice=has_notice)
     wait_for_a_part(driver, site, before)
     preemption_s = time.monotonic() - lost_s
-    assert deaths(driver) == [(IN_FLIGHT, "node_lost")]
+    ((inside, cause),) = deaths(driver)
+    assert (inside >= IN_FLIGHT, cause) == (True, "node_lost")
     # Without a suspect no row is run alone; a suspect needs a crash or two unknown deaths.
     wait_until_all_rows_are_in_flight(driver, site)
     before, killed_s = num_parts(site), time.monotonic()
@@ -163,7 +168,7 @@ def test_one_row_of_128_that_kills_the_engine_is_found_within_9_restarts(
     driver = site.drive(
         flags=(
             f"--engine.poison={POISON}",
-            f"--engine.capacity={CAPACITY}",
+            f"--engine.capacity={2 * IN_FLIGHT}",  # decode tasks have at most half as many rows
             "--engine.latency-s=0.1",  # longer in the engine than all rows take to get there
             f"--batching.rows-per-part={IN_FLIGHT}",
             f"--batching.rows-per-task={rows_per_task}",

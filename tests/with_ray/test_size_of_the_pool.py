@@ -79,10 +79,10 @@ def test_a_job_that_is_late_takes_what_there_is_and_says_so_and_prometheus_has_i
         job.join(1)
         seen |= exported()
     site.check_exactly_once()
-    assert "finish_by 2s cannot be made: it needs" in caplog.text
+    assert "finish_by 2s cannot be met: it needs" in caplog.text
     assert "Raise --where.max-actors" in caplog.text
     # 16 of them would leave no CPU to the tasks that feed them, and the job would wait for ever.
-    assert "16 actors are wanted, the cluster has room for 6" in caplog.text
+    assert "max_actors is 16, but only 6 fit into the cluster" in caplog.text
     assert seen >= {
         f"ray_{one.name}{'_total' if one.kind == 'counter' else ''}"
         for one in vars(observe).values()
@@ -98,7 +98,7 @@ def test_money_ends_a_job_before_it_is_spent_and_more_money_goes_on(
     site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 400)
     step = captioning()
     priced = {"engine_gpus": 0.5, "gpu_hour_usd": 1.0}
-    with pytest.raises(MoneySpent, match=r"stopped at \$.* run again with more"):
+    with pytest.raises(MoneySpent, match=r"stopped at \$.* raise --where.max-usd and run again"):
         _steps.caption_images(step, where(site, max_usd=0.0045, **priced))
     assert not is_finished(site.storage, step.out, config={})
     status = json.loads(site.storage.get(f"{step.out.path}/{STATUS}"))
