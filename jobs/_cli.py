@@ -17,10 +17,12 @@ import tyro
 from sg4v_ray.core.artifact import Manifest
 from sg4v_ray.core.errors import ConfigError, Sg4vError, Stopped
 from sg4v_ray.core.observe import set_up_logging
+from sg4v_ray.core.storage import STORAGE_ERRORS, first_line
 from sg4v_ray.core.where import Where
 from sg4v_ray.recipes.catalogue import RECIPES
 from sg4v_ray.recipes.line import Line
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ROOT = "--where.root"
 _RENAMED_FLAGS = {
@@ -34,7 +36,7 @@ _RENAMED_FLAGS = {
 def main(
     run: Callable[[], None],
     *,
-    stopped: str = "what is written is kept, run the same again to go on",
+    stopped: str = "committed work is kept, run the same command again to resume",
 ) -> None:
     """Run a job: errors raised on purpose end it with their text alone, and exit code 1; Ctrl-C
     ends it with 130, as shells have it, and says what it leaves (`stopped`). A job that SIGTERM
@@ -48,6 +50,11 @@ def main(
         sys.exit(128 + signal.SIGTERM)
     except Sg4vError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except STORAGE_ERRORS as error:
+        _log.debug("the traceback of the storage error", exc_info=True)
+        text = first_line(getattr(error, "cause", error))  # Ray adds the traceback of a worker
+        print(f"StorageError: {text}; {stopped}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"stopped; {stopped}", file=sys.stderr)

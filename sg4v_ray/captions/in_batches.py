@@ -4,6 +4,7 @@
 How far they are is shown by a bar, and by `status.json` beside the rows.
 """
 
+import asyncio
 import json
 import logging
 import sys
@@ -18,7 +19,7 @@ from typing import Any, Final, Never
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, WorkerCrashedError
 from tqdm import tqdm
 
 from sg4v_ray.captions.session import DeskHandle, get
@@ -30,7 +31,7 @@ from sg4v_ray.core.where import Where
 from sg4v_ray.exactly_once.capacity import check_cluster_capacity
 from sg4v_ray.exactly_once.config import Batching
 from sg4v_ray.exactly_once.monitor import STATUS, Status
-from sg4v_ray.exactly_once.part_actor import decode_task
+from sg4v_ray.exactly_once.part_actor import decode_task, decoded
 from sg4v_ray.exactly_once.stage import Stage
 
 _log = logging.getLogger(__name__)
@@ -129,10 +130,14 @@ def _prepared(
         for table in read_tables(stage.index.folder, stage.index.files, None)
         for first in range(0, len(table), rows_per_task)
     )
-    ahead = [decode.remote(prepare, one) for one in islice(slices, _SLICES_AHEAD)]
+    ahead = [(rows, decode.remote(prepare, rows)) for rows in islice(slices, _SLICES_AHEAD)]
     while ahead:
-        table = get(ahead.pop(0))
-        ahead += [decode.remote(prepare, one) for one in islice(slices, 1)]
+        rows, answer = ahead.pop(0)
+        try:
+            table = get(answer)
+        except WorkerCrashedError:
+            table = asyncio.run(decoded(decode, prepare, rows))
+        ahead += [(rows, decode.remote(prepare, rows)) for rows in islice(slices, 1)]
         yield table
 
 

@@ -31,7 +31,7 @@ from sg4v_ray.core.rows import rows_by_file
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.exactly_once.config import Batching
-from sg4v_ray.exactly_once.part_actor import PartActor
+from sg4v_ray.exactly_once.part_actor import PartActor, without_images
 from sg4v_ray.exactly_once.pixels import read_images
 from sg4v_ray.exactly_once.plan import ActorStep
 from sg4v_ray.exactly_once.stage import Stage, input_fingerprints, write_rows
@@ -182,6 +182,7 @@ class Score(PartActor):
     async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
         """Score every row that has a caption and an image."""
         plain = rows.select(["image", "text"]).to_pylist()
+        rows = without_images(rows)
         scored = [place for place, row in enumerate(plain) if row["image"] is not None]
         scores = await asyncio.to_thread(self._scores, [plain[place] for place in scored])
         by_row: list[list[float] | None] = [None] * len(plain)

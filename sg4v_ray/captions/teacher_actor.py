@@ -26,7 +26,7 @@ from sg4v_ray.core import observe
 from sg4v_ray.core.errors import TeacherBusy
 from sg4v_ray.core.rejects import Reject
 from sg4v_ray.core.storage import Storage
-from sg4v_ray.exactly_once.part_actor import PartActor
+from sg4v_ray.exactly_once.part_actor import PartActor, without_images
 from sg4v_ray.inference.engine import EngineStats
 
 AT_DESK: Final = 10_000
@@ -217,7 +217,7 @@ class AskTeacher(PartActor):
             return found
 
         plain = rows.to_pylist()
-        rows = rows.drop_columns(["image"])
+        rows = without_images(rows)
         answers = await asyncio.gather(*map(answer, plain))
         self._progress.finish.remote(
             self._name,

@@ -30,7 +30,7 @@ from sg4v_ray.core.errors import (
     ContractError,
     LeaseLost,
 )
-from sg4v_ray.core.identity import differences, identity_form, identity_keys
+from sg4v_ray.core.identity import differences, identity_form, identity_keys, stored_identity_form
 from sg4v_ray.core.lease import Lease
 from sg4v_ray.core.row_files import RowFile
 from sg4v_ray.core.storage import Storage
@@ -175,8 +175,8 @@ def begin(
     config is refused although no manifest exists yet.
 
     Args:
-        anew: the stage writes everything again and resumes nothing, so that an unfinished attempt
-            binds nobody.
+        anew: replace the config of an unfinished attempt, because the stage resumes nothing. Only
+            under the lease: the config of a running writer must stay.
 
     Raises:
         ArtifactDrift: an unfinished attempt of another config lies there.
@@ -260,7 +260,7 @@ def commit(
         version=ref.version,
         fingerprint=identity(config, inputs, attempts),
         config=earlier.config if earlier else to_plain(config),
-        identity=(earlier and earlier.identity) or identity_form(config),
+        identity=_identity_of(earlier) if earlier else identity_form(config),
         inputs=dict(inputs),
         counts=counts,
         format=FORMAT,
@@ -280,6 +280,11 @@ def commit(
             "same command again to open it"
         )
     return manifest
+
+
+def _identity_of(manifest: Manifest) -> dict[str, Any]:
+    """Return what later versions compare; format 1 has the plain config alone."""
+    return manifest.identity or stored_identity_form(manifest.config)
 
 
 def manifest_name(attempts: int) -> str:

@@ -31,7 +31,7 @@ from sg4v_ray.core.verify import (
     manifest_names,
     reading,
     subfolders,
-    used_index,
+    used_indexes,
 )
 
 _log = logging.getLogger(__name__)
@@ -257,15 +257,15 @@ def _part_of(path: str) -> tuple[str, int] | None:
 
 
 def _indexes(artifact: _Artifact) -> _Found:
-    """Yield indexes inside an artifact beside the one that its rows were made from.
+    """Yield indexes inside an artifact that have other ids than its rows.
 
     A run under another config writes its index before it is refused. Without proof of the index
     that was used, all are kept.
     """
     folders = [one for one in subfolders(artifact.dir) if INDEX_FOLDER.fullmatch(one)]
-    used = used_index(artifact.dir, folders) if len(folders) > 1 else None
+    used = [name for name, _ in used_indexes(artifact.dir, folders)] if len(folders) > 1 else []
     for folder in folders:
-        if used is not None and folder != used[0]:
+        if used and folder not in used:
             for path, size in artifact.dir.sizes(folder).items():
                 yield path, size, "index of a run that was refused"
 

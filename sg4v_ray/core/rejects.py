@@ -13,7 +13,6 @@ _MOST_OF_THEM: Final = 0.5
 _WORTH_ENDING: Final = 1000
 """With fewer rows left a job goes on: written, they say more than a job that was cut short."""
 _NAMED: Final = 5
-_UNDER_WAY: Final = ", rows of uncommitted parts are"
 
 
 class Reject(StrEnum):
@@ -70,15 +69,15 @@ class RejectBudget:
             total: all rows.
         """
         if total and rejected.total() / total > self.max_reject_rate:
-            raise self._spent(rejected, total, "rows were rejected", "")
+            raise self._spent(rejected, total, "rows were rejected")
 
     def foresee(
         self, *, rejected: Counter[str], done: int, left: int, total: int
     ) -> TooManyRejects | None:
         """Return the error that a running job will end with, before the rest is paid for.
 
-        It is sure once the rejects are too many for all rows (a tenth more, because rows of a
-        block that ran twice count twice), or when most of the first thousand are rejects.
+        That is certain once the rejects are too many for all rows, and likely when more than half
+        of at least a thousand rows are rejects.
 
         Args:
             rejected: how many rows were rejected so far for each reason.
@@ -89,13 +88,13 @@ class RejectBudget:
         count = rejected.total()
         if left < _WORTH_ENDING:
             return None
-        if count > 1.1 * self.max_reject_rate * total:
-            return self._spent(rejected, total, "rows were rejected already", _UNDER_WAY)
+        if count > self.max_reject_rate * total:
+            return self._spent(rejected, total, "rows were rejected already")
         if done >= _FIRST_ROWS and count > done * max(_MOST_OF_THEM, self.max_reject_rate):
-            return self._spent(rejected, done, "rows so far were rejected", _UNDER_WAY)
+            return self._spent(rejected, done, "rows so far were rejected")
         return None
 
-    def _spent(self, rejected: Counter[str], total: int, what: str, lost: str) -> TooManyRejects:
+    def _spent(self, rejected: Counter[str], total: int, what: str) -> TooManyRejects:
         count = rejected.total()
         common = rejected.most_common(_NAMED)
         reasons = ", ".join(f"{number} {reason}" for reason, number in common)
@@ -103,8 +102,8 @@ class RejectBudget:
         more = f" and {others} for other reasons" if others else ""
         return TooManyRejects(
             f"{count} of {total} {what} ({count / total:.1%}), the budget is "
-            f"{self.max_reject_rate:.1%}. Commonest: {reasons}{more}. The column reject_detail "
-            "below rows/ says more of each; if they are acceptable, raise "
-            "--config.budget.max-reject-rate (--caption.config... of retry_rejects) and run again: "
-            f"what is below rows/ is not made twice{lost}."
+            f"{self.max_reject_rate:.1%}. Commonest: {reasons}{more}. Read the column "
+            "reject_detail in the files below rows/. To accept these rejects, raise "
+            "--config.budget.max-reject-rate (--caption.config... of retry_rejects) and run again; "
+            "committed parts are kept."
         )

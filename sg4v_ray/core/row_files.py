@@ -88,7 +88,7 @@ def encode(table: pa.Table) -> bytes:
 def put_table(folder: Storage, path: str, table: pa.Table) -> RowFile:
     """Write a table with an `id` column as the Parquet file `path`."""
     data = encode(table)
-    folder.put(path, data)
+    folder.put(path, data, sync=True)
     return RowFile(
         path=path, rows=len(table), size_bytes=len(data), ids_sha256=hash_ids(table["id"])
     )
@@ -146,7 +146,8 @@ def write_index(folder: Storage, tables: Iterable[pa.Table]) -> RowIndex:
         put_table(folder, f"part-{number:05d}.parquet", table)
         for number, table in enumerate(regrouped(tables, ROWS_PER_INDEX_FILE))
     ]
-    folder.put(INDEX, (json.dumps([asdict(one) for one in files], indent=1) + "\n").encode())
+    listed = (json.dumps([asdict(one) for one in files], indent=1) + "\n").encode()
+    folder.put(INDEX, listed, sync=True)
     return RowIndex(folder=folder, files=tuple(files))
 
 

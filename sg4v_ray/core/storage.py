@@ -9,8 +9,10 @@ import errno
 import functools
 import hashlib
 import os
+import random
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,13 +22,15 @@ from typing import Any, cast
 
 import obstore
 import pyarrow.fs
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotFoundError
 from obstore.store import LocalStore, from_url
 
 from sg4v_ray.core.errors import ConfigError, StorageError
+from sg4v_ray.core.retry import RetryPolicy
 
 STORAGE_ERRORS = (OSError, BaseError)
 """What reading and writing raise while a disk or a bucket is away."""
+_CREATE = RetryPolicy(max_tries=6, first_delay_s=0.5, max_delay_s=8.0)
 _SCHEMES = ("file", "s3", "gs", "az", "abfs", "abfss")
 _CLOUD_VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
 
@@ -128,26 +132,36 @@ class Storage:
         On a local disk the bytes are synced before the object appears. A store may accept the
         object and lose its answer; its client then tries again and gets "exists" for its own
         object. So after a refusal or an error the object is compared with `data`: the same bytes
-        mean that this call wrote it. Callers put a unique id into `data`.
+        mean that this call wrote it. Callers put a unique id into `data`. That also makes it safe
+        to repeat a create after a dropped connection, which the client does not do.
 
         Args:
             is_own: replaces the comparison of all bytes, for large objects that have their
                 writer's id in a small part.
 
         Raises:
-            OSError, obstore.exceptions.BaseError: the store failed and has no such object.
+            OSError, obstore.exceptions.BaseError: the store refused for good, e.g. no permission.
+            StorageError: a local file system without hard links, or a bucket that failed each time
+                and has no such object.
         """
-        try:
-            if is_local(self.root):
-                return _link_new(local_path(self.uri(path)), data)
-            obstore.put(self.open(make=True), path, data, mode="create")
-        except AlreadyExistsError:
-            return is_own() if is_own else self.get(path) == data
-        except BaseError:
-            if not self.exists(path):
-                raise
-            return is_own() if is_own else self.get(path) == data
-        return True
+        if is_local(self.root):
+            return _link_new(local_path(self.uri(path)), data)
+        for failures in range(1, _CREATE.max_tries + 1):
+            try:
+                obstore.put(self.open(make=True), path, data, mode="create")
+                return True
+            # S3 also answers "exists" (409) while an earlier write of this key is in progress.
+            except (AlreadyExistsError, GenericError) as error:
+                if self.exists(path):
+                    return is_own() if is_own else self.get(path) == data
+                if failures == _CREATE.max_tries:
+                    raise StorageError(
+                        f"{self.uri(path)} could not be written in {failures} tries: "
+                        f"{first_line(error)}. Run the job again when the store answers: what is "
+                        "committed is kept"
+                    ) from error
+            time.sleep(random.uniform(0, _CREATE.bound_s(failures)))
+        raise AssertionError("unreachable: the last try returns or raises")
 
     def get(self, path: str) -> bytes:
         """Read an object whole.
@@ -168,15 +182,14 @@ class Storage:
             return False
         return True
 
-    def get_tail(self, path: str, size: int) -> bytes:
-        """Read the last `size` bytes of an object; all bytes of a smaller object.
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        """Read the bytes from `start` up to `end` (excluded) of an object that has so many.
 
         Raises:
             StorageError: there is no such object.
         """
         try:
-            found = obstore.get(self.open(), path, options={"range": {"suffix": size}})
-            return bytes(found.bytes())
+            return bytes(obstore.get_range(self.open(), path, start=start, end=end))
         except (NotFoundError, FileNotFoundError) as error:
             raise StorageError(f"no such object: {self.uri(path)}") from error
 
@@ -291,6 +304,11 @@ class Storage:
         with to.open("wb") as file:
             for chunk in stream:
                 file.write(chunk)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text: obstore adds pages of details."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _cloud_environment() -> tuple[tuple[str, str], ...]:

@@ -699,8 +699,11 @@ def _find_index(
         return _Index(None, "none, the rows are not made from one")
     own = [one for one in subfolders(artifact_dir) if INDEX_FOLDER.fullmatch(one)]
     if own:
-        used = used_index(artifact_dir, own)
-        return _Index(None, "sample, not compared") if used is None else _Index(used[1], used[0])
+        used = used_indexes(artifact_dir, own)
+        if not used:
+            return _Index(None, "sample, not compared")
+        folder, index = used[0]
+        return _Index(index, folder)
     indexes, reasons = [], []
     for name, fingerprint in manifest.inputs.items():
         try:
@@ -733,17 +736,17 @@ def _input_rows(storage: Storage, name: str, fingerprint: str) -> RowIndex | str
     return RowIndex(folder=folder, files=row_files(folder, manifest))
 
 
-def used_index(artifact_dir: Storage, folders: Iterable[str]) -> tuple[str, RowIndex] | None:
-    """Return the index folder inside an artifact whose rows the first attempt has, or None."""
+def used_indexes(artifact_dir: Storage, folders: Iterable[str]) -> list[tuple[str, RowIndex]]:
+    """Return the indexes inside an artifact that have the ids of the first attempt.
+
+    Several have them if they differ in other columns only, such as the prompt of each row.
+    """
     path = f"{_FIRST_ATTEMPT}/{_PLAN}"
     if not artifact_dir.exists(path):
-        return None
+        return []
     sha256 = json.loads(artifact_dir.get(path)).get("index_sha256")
-    for folder in folders:
-        index = open_index(artifact_dir.sub(folder))
-        if index is not None and index.sha256 == sha256:
-            return folder, index
-    return None
+    indexes = ((folder, open_index(artifact_dir.sub(folder))) for folder in folders)
+    return [(folder, one) for folder, one in indexes if one is not None and one.sha256 == sha256]
 
 
 def _ref(text: str) -> Ref | None:

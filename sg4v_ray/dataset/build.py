@@ -101,11 +101,12 @@ def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
         inputs |= _inputs(storage, part)
     if is_finished(storage, out, config=config, inputs=inputs):
         return find(storage, out)
-    home = begin(storage, out, config, inputs=inputs, anew=True)
+    home = storage.sub(out.path)
     counts: Counter[str] = Counter()
     with hold(home) as lease, tempfile.TemporaryDirectory() as folder:
         if is_finished(storage, out, config=config, inputs=inputs):  # since the first check
             return find(storage, out)
+        begin(storage, out, config, inputs=inputs, anew=True)
         _write(Path(folder) / SAMPLES, _samples(where, config, counts))
         if not counts["samples"]:
             raise ContractError(

@@ -21,7 +21,7 @@ from sg4v_ray.core.images import Rejected
 from sg4v_ray.core.records import Turn
 from sg4v_ray.core.rejects import Reject
 from sg4v_ray.exactly_once.config import GenerateConfig, ModelSource
-from sg4v_ray.exactly_once.part_actor import PartActor
+from sg4v_ray.exactly_once.part_actor import PartActor, without_images
 from sg4v_ray.exactly_once.poison import SharedExclusiveLock, Suspicion, run_tracked
 from sg4v_ray.exactly_once.progress import ProgressActor
 from sg4v_ray.inference.engine import (
@@ -140,7 +140,7 @@ class Generate(PartActor):
     async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
         """Answer every row with an image; keep the reject of every row without one."""
         plain = rows.to_pylist()
-        rows = rows.drop_columns(["image"])
+        rows = without_images(rows)
         started_s = time.monotonic()
         good = {row["id"]: row for row in plain if row["reject"] is None}
         found = await run_tracked(
@@ -153,7 +153,7 @@ class Generate(PartActor):
         answers = [found.get(row["id"]) or _rejected(row) for row in plain]
         self._progress.finish.remote(
             self._name,
-            list(good),
+            self._tracker.take_finished(),
             rows=len(plain),
             tokens=sum(one.num_tokens for one in answers),
             rejects=[one.reject for one in answers if one.reject],
@@ -168,6 +168,7 @@ class Generate(PartActor):
 
         async def answer(row: dict[str, Any]) -> Answer:
             found = await self._answer(row)
+            self._tracker.finished.append(row["id"])
             release_row()
             return found
 
@@ -218,9 +219,18 @@ class _TrackerCalls:
 
     def __init__(self, progress: "ray.actor.ActorHandle[ProgressActor]", engine: str) -> None:
         self._progress, self._engine = progress, engine
+        self.finished: list[str] = []
+        """Rows that left the engine alive since the last report."""
+
+    def take_finished(self) -> list[str]:
+        """Return the finished rows, for a report."""
+        finished, self.finished = self.finished, []
+        return finished
 
     async def enter(self, ids: list[str]) -> dict[str, Suspicion]:
-        found: dict[str, Suspicion] = await self._progress.enter.remote(self._engine, ids)
+        found: dict[str, Suspicion] = await self._progress.enter.remote(
+            self._engine, ids, self.take_finished()
+        )
         return found
 
     async def enter_probe(self, ids: list[str]) -> None:

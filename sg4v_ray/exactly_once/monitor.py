@@ -11,8 +11,8 @@ import logging
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Never
@@ -112,6 +112,8 @@ class JobMonitor:
         self._thread = threading.Thread(target=self._poll_loop, name="monitor", daemon=True)
         self._is_overtaken = False
         self._curve: list[dict[str, float]] = []
+        self._committed: tuple[int, Counter[str]] = (0, Counter())
+        """Rows and rejects of the parts of this run, replaced as a whole: two threads use it."""
         self._dollars = Gauge(
             observe.DOLLARS.name, observe.DOLLARS.description, observe.DOLLARS.labels
         )
@@ -125,6 +127,14 @@ class JobMonitor:
             dynamic_ncols=True,
             disable=not where.progress,
         )
+
+    def add_part(self, rows: int, rejects: Mapping[str, int]) -> None:
+        """Count a committed part for the reject budget.
+
+        Slices are no measure: those of a part that is made again are counted again.
+        """
+        before, counts = self._committed
+        self._committed = (before + rows, counts + Counter(rejects))
 
     def stop_reason(self) -> Resize | Sg4vError | None:
         """Return the reason to end the plan: Resize, LeaseLost, MoneySpent or TooManyRejects."""
@@ -274,9 +284,10 @@ class JobMonitor:
 
     def _decide(self, progress: Progress, now: float) -> None:
         if self._budget is not None:
+            rows, rejects = self._committed
             passed = self._budget.foresee(
-                rejected=progress.rejects,
-                done=progress.rows,
+                rejected=rejects,
+                done=rows,
                 left=self._left(progress),
                 total=self._total,
             )

@@ -10,6 +10,7 @@ the actor loads its engine.
 
 import asyncio
 import functools
+import json
 import threading
 import uuid
 from abc import ABC, abstractmethod
@@ -32,7 +33,6 @@ from sg4v_ray.exactly_once.deaths import cause_of_death
 from sg4v_ray.exactly_once.loop_thread import LoopThread
 from sg4v_ray.exactly_once.parts import (
     Part,
-    PartFigures,
     PartFooter,
     encode_part,
     figures_of,
@@ -162,20 +162,22 @@ class PartActor(ABC):
             footer = await asyncio.wrap_future(work)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Sg4vError) else error) from None
+        if footer is None:
+            return
         figures = footer.figures
         yield pa.table(
             {
                 "part": [footer.part],
                 "rows": [figures.rows],
                 "tokens": [figures.tokens],
-                "rejects": [sum(figures.rejects.values())],
+                "rejects": [json.dumps(figures.rejects)],
             }
         )
 
-    async def _finish(self, part: Part, name: str) -> PartFooter:
-        committed = await asyncio.to_thread(self._committed, name)
-        if committed is not None:
-            return committed
+    async def _finish(self, part: Part, name: str) -> PartFooter | None:
+        """Return the footer of the committed part; None if its object is damaged."""
+        if await asyncio.to_thread(self._job.out.exists, name):
+            return await asyncio.to_thread(self._committed, name)
         rows = await asyncio.to_thread(self._rows_of, part)
         step = self._job.rows_per_task
         slices = [rows.slice(first, step) for first in range(0, len(rows), step)]
@@ -188,18 +190,20 @@ class PartActor(ABC):
 
         def release_row() -> None:
             nonlocal held
-            held -= 1
-            self._budget.release(1)
+            if held:  # rows of a slice that failed may end after it
+                held -= 1
+                self._budget.release(1)
 
         try:
             # No variable here: `process` holds the only reference to the images.
             return self._as_record(await self.process(await self._decoded(rows), release_row))
         finally:
             self._budget.release(held)
+            held = 0
 
     async def _decoded(self, rows: pa.Table) -> pa.Table:
         async with self._decoding:
-            prepared = await self._prepare_rows(rows)
+            prepared = await decoded(self._decode, self._job.prepare, rows)
         # Shielded: the cancellation of a slice must not end the load for all others.
         await asyncio.shield(asyncio.wrap_future(self._loading))
         return prepared
@@ -207,19 +211,6 @@ class PartActor(ABC):
     async def _load(self) -> None:
         await self.load()
         self._progress.ready.remote(self._name)
-
-    async def _prepare_rows(self, rows: pa.Table) -> pa.Table:
-        try:
-            table: pa.Table = await self._decode.remote(self._job.prepare, rows)
-            return table
-        except WorkerCrashedError:
-            if len(rows) > 1:  # find the image that crashes the decoder
-                singles = [rows.slice(one, 1) for one in range(len(rows))]
-                return pa.concat_tables([await self._prepare_rows(one) for one in singles])
-        # Never decoded here. A path without a file gives a reject with all columns of the step.
-        place = rows.column_names.index("uri")
-        prepared = self._job.prepare(rows.set_column(place, "uri", pa.array([_NO_FILE])))
-        return _rejected(prepared, rows, _DECODER_CRASHED)
 
     def _as_record(self, table: pa.Table) -> pa.Table:
         check_columns(table.schema, self._job.record, where=type(self).__name__)
@@ -240,18 +231,15 @@ class PartActor(ABC):
         return read_table(self._job.index.folder, self._job.index.files[number].path, None)
 
     def _committed(self, name: str) -> PartFooter | None:
-        if not self._job.out.exists(name):
-            return None
         try:
             return read_footer(self._job.out, name)
         except ValueError:
             # The commit reports damaged objects and asks for the part under its next name.
-            return PartFooter(
-                part=-1, writer="", identity="", index_sha256="", ids_sha256="", software={},
-                figures=PartFigures(rows=0),
-            )  # fmt: skip
+            return None
 
-    def _commit(self, part: Part, name: str, ids: pa.ChunkedArray, table: pa.Table) -> PartFooter:
+    def _commit(
+        self, part: Part, name: str, ids: pa.ChunkedArray, table: pa.Table
+    ) -> PartFooter | None:
         """Create the object of a part; if another writer was first, return its footer."""
         if not table["id"].equals(ids):
             raise ArtifactCorrupt(f"{type(self).__name__} changed the ids of part {part.number}")
@@ -275,8 +263,16 @@ class PartActor(ABC):
 
         if out.create(name, encode_part(table, footer), is_own=is_own):
             return footer
-        committed = self._committed(name)
-        return footer if committed is None else committed
+        return self._committed(name)
+
+
+def without_images(rows: pa.Table) -> pa.Table:
+    """Return a copy of prepared rows without their images.
+
+    A table from the object store is a view of its object: any column of it keeps all images there.
+    """
+    rows = rows.drop_columns(["image"])
+    return rows.take(pa.array(range(len(rows)), pa.int64()))
 
 
 def _report_start(progress: "ray.actor.ActorHandle[ProgressActor]", name: str) -> None:
@@ -302,6 +298,25 @@ async def _all(work: Iterable[Coroutine[Any, Any, pa.Table]]) -> list[pa.Table]:
 def decode_task(prepare: Prepare, rows: pa.Table) -> pa.Table:
     """Run the decode step on index rows in a worker process."""
     return prepare(rows)
+
+
+async def decoded(task: Any, prepare: Prepare, rows: pa.Table) -> pa.Table:
+    """Run the decode step in a worker process; reject an image that crashes that process.
+
+    Args:
+        task: `decode_task` with its options.
+    """
+    try:
+        table: pa.Table = await task.remote(prepare, rows)
+        return table
+    except WorkerCrashedError:
+        if len(rows) > 1:  # find the image that crashes the decoder
+            singles = [rows.slice(place, 1) for place in range(len(rows))]
+            return pa.concat_tables([await decoded(task, prepare, single) for single in singles])
+    # Never decoded here. A path without a file gives a reject with all columns of the step.
+    column = rows.column_names.index("uri")
+    prepared = prepare(rows.set_column(column, "uri", pa.array([_NO_FILE])))
+    return _rejected(prepared, rows, _DECODER_CRASHED)
 
 
 def _rejected(prepared: pa.Table, rows: pa.Table, detail: str) -> pa.Table:

@@ -34,6 +34,8 @@ _FOOTER_BYTES: Final = 16_384
 _FOOTERS_AHEAD: Final = 256
 """Footers that wait for their turn. All 50,000 at once would take 160 MB."""
 _MAGIC: Final = b"PAR1"
+_LEAST_BYTES: Final = 12
+"""Magic number at both ends and the length of the footer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,24 +134,27 @@ def encode_part(table: pa.Table, footer: PartFooter) -> bytes:
 
 
 def read_footer(folder: Storage, name: str, size_bytes: int | None = None) -> PartFooter:
-    """Read the footer of a part. Costs one request for a small part.
+    """Read the footer of a part. Costs one request for a small footer.
 
     Args:
-        size_bytes: size of the object, where a listing has told it; else it is asked for.
+        size_bytes: size of the object from a listing; without it, one more request.
 
     Raises:
         StorageError: there is no such object.
         ValueError: the object is damaged, or was not written as a part.
     """
     size = folder.size_bytes(name) if size_bytes is None else size_bytes
-    tail = folder.get_tail(name, _FOOTER_BYTES)
-    if len(tail) < 12 or tail[-4:] != _MAGIC:
+    if size < _LEAST_BYTES:
+        raise ValueError(f"it has {size} bytes")
+    # Not a suffix range: Azure has none.
+    tail = folder.get_range(name, max(0, size - _FOOTER_BYTES), size)
+    if tail[-4:] != _MAGIC:
         raise ValueError("no Parquet footer at its end")
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if needed > min(size, 2**24):
         raise ValueError(f"its footer claims {needed} bytes of {size}")
     if needed > len(tail):
-        tail = folder.get_tail(name, needed)
+        tail = folder.get_range(name, size - needed, size)
     try:
         metadata = pq.read_metadata(pa.BufferReader(tail))
     except (pa.ArrowInvalid, OSError) as error:

@@ -58,8 +58,8 @@ _log = logging.getLogger(__name__)
 
 _PLAN: Final = "plan.json"
 _MAX_ROUNDS: Final = 5
-"""Rounds in which damaged or missing parts are made again. Each round starts with a check, so a
-store that loses objects faster than they are made ends the job."""
+"""The first round makes all parts, later ones those that the check at its end found damaged or
+missing. A store that loses objects faster than they are made ends the job."""
 _REPORTED: Final = 5
 
 
@@ -114,15 +114,16 @@ def run(
     """Make every part of an attempt that has no valid object.
 
     Args:
-        budget: ends the run as soon as it is certain to be exceeded; None never does.
+        budget: ends the run early, see `RejectBudget.foresee`; None never does.
 
     Returns:
-        The valid object of each part, and the throughput of this run.
+        The valid object of each part, and the throughput of the first round of this run.
 
     Raises:
         ArtifactCorrupt: parts stay damaged after several rounds.
         ConfigError: the cluster is too small for one engine and one decode task.
         LeaseLost: another driver took over.
+        MoneySpent: the cost reaches `max_usd`; committed parts are kept.
         TooManyRejects: the budget will be exceeded; committed parts are kept.
         Sg4vError: any error that a work actor raised on purpose.
     """
@@ -142,17 +143,19 @@ def run(
     listed = revisions_listed(names)
     todo = [(part, part_name(part.number)) for part in parts if part.number not in listed]
     speed = Speed()
-    for _ in range(_MAX_ROUNDS):
+    for number in range(_MAX_ROUNDS):
         if todo:
-            speed = _make(attempt, todo, parts, step, batching, where, lease, budget)
+            made = _make(attempt, todo, parts, step, batching, where, lease, budget)
+            if number == 0:  # the speed of a few parts that are made again is not that of the run
+                speed = made
         checked = check_parts(out, index, parts, identity=attempt.identity)
         if not checked.missing:
             return checked, speed
         todo = _next_names(out, checked)
     raise ArtifactCorrupt(
         f"{out.root}: {len(checked.missing)} parts are missing or damaged after {_MAX_ROUNDS} "
-        "rounds, e.g. " + "; ".join(f"{one.path}: {one.reason}" for one in checked.problems[:3])
-        + ". Nothing was committed. Check the storage for processes that delete or overwrite "
+        "rounds" + "".join(f"; {one.path}: {one.reason}" for one in checked.problems[:_REPORTED])
+        + ". No manifest was written. Check the storage for processes that delete or overwrite "
         "objects, then run again: valid parts are kept"
     )  # fmt: skip
 
@@ -219,10 +222,11 @@ def _make(
         initial_actors = where.min_actors
         while waiting:
             try:
-                for number in _execute(
+                for number, rows, rejects in _execute(
                     attempt, list(waiting.values()), step, batching, where, monitor, initial_actors
                 ):
-                    waiting.pop(number, None)
+                    if waiting.pop(number, None) is not None:
+                        monitor.add_part(rows, rejects)
                 break
             except _PlanEnded as ended:
                 if not isinstance(ended.reason, Resize):
@@ -281,8 +285,8 @@ def _execute(
     where: Where,
     monitor: JobMonitor,
     initial_actors: int,
-) -> Iterator[int]:
-    """Yield the number of each part as soon as it is committed."""
+) -> Iterator[tuple[int, int, dict[str, int]]]:
+    """Yield number, rows and rejects by reason of each part as soon as it is committed."""
     rows_in_flight = 2 * step.capacity
     rows_per_task = rows_per_decode_task(step.capacity, batching.rows_per_task)
     rows_per_part = max(part.rows for part, _ in todo)
@@ -316,7 +320,8 @@ def _execute(
         ),
     )
     for figures in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from figures["part"].to_pylist()
+        for row in figures.to_pylist():
+            yield row["part"], row["rows"], json.loads(row["rejects"])
 
 
 def _part_block(part: Part, name: str) -> pa.Table:

@@ -175,7 +175,7 @@ class CrashTracker:
         self._crashes.update(ids)
         self._doubtful -= ids
         self._ungroup(ids)
-        if inside.is_probe and len(inside.ids) == 1:
+        if ids and inside.is_probe and len(inside.ids) == 1:
             _log.warning("condemned, crashes the engine: %s", ", ".join(ids))
             self._condemned |= ids
         elif ids:
@@ -241,8 +241,8 @@ async def run_tracked(
 ) -> dict[str, Outcome]:
     """Run rows in an engine that other calls share; suspects first, with the engine to themselves.
 
-    Rows that ran together stay recorded as inside: the caller then calls `leave` with all ids,
-    in one call with its other reports.
+    Rows that ran together stay recorded as inside: the caller calls `leave` with each row that
+    left the engine alive, in one call with its other reports.
 
     Args:
         rows: by id.

@@ -148,7 +148,7 @@ class ProgressActor:
 
         Args:
             engine: the actor that finished them.
-            ids: rows that left the engine alive; see `CrashTracker.leave`.
+            ids: rows of any slice that left the engine alive; see `CrashTracker.leave`.
         """
         self._crashes.leave(engine, ids)
         self._progress.last_s = time.monotonic()
@@ -163,8 +163,14 @@ class ProgressActor:
         for reason in rejects:
             self._rejected.inc(1, {**self._labels, "reason": reason})
 
-    def enter(self, engine: str, ids: list[str]) -> dict[str, Suspicion]:
-        """See `CrashTracker.enter`."""
+    def enter(self, engine: str, ids: list[str], finished: list[str]) -> dict[str, Suspicion]:
+        """See `CrashTracker.enter`.
+
+        Args:
+            finished: rows that left the engine alive. Other rows of their slices are still inside;
+                without this report a crash would make suspects of the finished rows too.
+        """
+        self._crashes.leave(engine, finished)
         return self._crashes.enter(engine, ids)
 
     def enter_probe(self, engine: str, ids: list[str]) -> None:

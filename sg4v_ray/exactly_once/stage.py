@@ -53,9 +53,19 @@ def write_rows(stage: Stage, *, batching: Batching, where: Where) -> Manifest:
     Raises:
         ArtifactDrift: it was started from another identity or other inputs.
         LeaseHeld: another driver is writing it.
-        TooManyRejects: the budget is exceeded; the rows are kept, nothing is committed.
+        ArtifactCorrupt: parts stay damaged after several rounds.
+        ConfigError: the index has no rows, or the cluster is too small.
+        LeaseLost: another driver took over.
+        MoneySpent: the cost reaches `max_usd`.
+        TooManyRejects: the budget is exceeded.
+            Committed parts are kept in each case, and no manifest is written.
     """
     storage = where.storage
+    if not stage.index.rows:
+        raise ConfigError(
+            f"{stage.out} would have no rows, because {', '.join(stage.inputs)} has none to "
+            "process; check that its rows are not all rejected"
+        )
     if is_finished(storage, stage.out, config=stage.identity, inputs=stage.inputs):
         return find(storage, stage.out)
     artifact_dir = begin(storage, stage.out, stage.identity, inputs=stage.inputs)
@@ -87,6 +97,8 @@ def retry_rejects(
         ArtifactMissing: the first attempt is not finished.
         ArtifactDrift: it was made from another identity or other inputs.
         ConfigError: no row was rejected for these reasons, or a retry for others was started.
+        LeaseHeld: another driver is writing it.
+        TooManyRejects: the budget is exceeded also with the new rows.
     """
     storage = where.storage
     find(storage, stage.out)
@@ -125,7 +137,7 @@ def _first_attempt(
         stage.out,
         config=stage.identity,
         inputs=stage.inputs,
-        counts=_counts(rows, tokens, checked.rejects),
+        counts=_counts(rows, tokens if _has_tokens(stage) else None, checked.rejects),
         attempts=(attempt_folder(1),),
         files=_below(attempt_folder(1), checked.files),
         metrics=dataclasses.asdict(speed) | stage.metrics(),
@@ -154,7 +166,7 @@ def _retry(
         *_below(folder, checked.files),
     )
     merged = dataclasses.replace(earlier, format=2, attempts=attempts, files=files)
-    rows, tokens, rejects = _outcome(attempt.artifact_dir, merged)
+    rows, tokens, rejects = _outcome(attempt.artifact_dir, merged, _has_tokens(stage))
     # The rows of a retry were all rejected before, so the budget counts all rows of the artifact.
     stage.budget.check(rejected=rejects, total=rows)
     return commit(
@@ -182,26 +194,34 @@ def _below(folder: str, files: tuple[RowFile, ...]) -> tuple[RowFile, ...]:
     return tuple(dataclasses.replace(one, path=f"{folder}/{one.path}") for one in files)
 
 
-def _counts(rows: int, tokens: int, rejects: Counter[str]) -> dict[str, int]:
+def _has_tokens(stage: Stage) -> bool:
+    return any(one.name == "num_tokens" for one in dataclasses.fields(stage.step(1).record))
+
+
+def _counts(rows: int, tokens: int | None, rejects: Counter[str]) -> dict[str, int]:
     return {
         "rows": rows,
         "rejected": rejects.total(),
-        **({"tokens": tokens} if tokens else {}),
+        **({} if tokens is None else {"tokens": tokens}),
         **{f"rejected_{reason}": count for reason, count in sorted(rejects.items())},
     }
 
 
-def _outcome(artifact_dir: Storage, manifest: Manifest) -> tuple[int, int, Counter[str]]:
-    """Count rows, tokens and rejects, each row from its newest attempt."""
+def _outcome(
+    artifact_dir: Storage, manifest: Manifest, has_tokens: bool
+) -> tuple[int, int | None, Counter[str]]:
+    """Count rows, tokens (None for records without them) and rejects, each row from its newest
+    attempt.
+    """
     rows = tokens = 0
     rejects: Counter[str] = Counter()
-    columns = ["reject", *(["num_tokens"] if "tokens" in manifest.counts else [])]
+    columns = ["reject", *(["num_tokens"] if has_tokens else [])]
     for table in rows_by_file(artifact_dir, manifest, columns):
         rows += len(table)
         rejects.update(one for one in table["reject"].to_pylist() if one is not None)
-        if len(columns) > 1:
+        if has_tokens:
             tokens += pc.sum(table["num_tokens"]).as_py() or 0
-    return rows, tokens, rejects
+    return rows, tokens if has_tokens else None, rejects
 
 
 def _finished_but_for_limits(storage: Storage, stage: Stage) -> tuple[Manifest, dict[str, Any]]:

@@ -49,19 +49,21 @@ def adopt_rows_of_0_1(
         names: the listing of `out`.
 
     Returns:
-        True if the artifact was started by version 0.1.
+        True if version 0.1 has finished rows of it that may be in new parts now.
     """
+    listed = revisions_listed(names)
+    if all(part.number in listed for part in parts):
+        return False
     finished = _finished_ids(artifact_dir)
     if not len(finished):
         return False
-    listed = revisions_listed(names)
     files = [one for one in names if one.endswith(".parquet") and not revisions_listed([one])]
     places = dict(_places(out, files, finished))
     by_file: dict[int, list[Part]] = {}
     for part in parts:
         if part.number not in listed:
             by_file.setdefault(part.file, []).append(part)
-    adopted = 0
+    adopted = before = sum(part.rows for part in parts if part.number in listed)
     for number in sorted(by_file):
         (ids,) = read_tables(index.folder, [index.files[number]], ["id"])
         holders = {places[one] for one in ids["id"].to_pylist() if one in places}
@@ -70,12 +72,13 @@ def adopt_rows_of_0_1(
             adopted += _commit_whole(
                 out, by_file[number], ids["id"], pa.concat_tables(rows), identity, index
             )
-    _log.warning(
-        "%s was started by version 0.1: %d of its %d finished rows are kept; the others belong to "
-        "incomplete parts and are made again",
-        artifact_dir.root, adopted, len(finished),
-    )  # fmt: skip
-    return True
+    if adopted > before:
+        _log.warning(
+            "%s was started by version 0.1: %d of its %d finished rows are kept; the others belong "
+            "to incomplete parts and are made again",
+            artifact_dir.root, adopted - before, len(finished),
+        )  # fmt: skip
+    return adopted > before
 
 
 def _finished_ids(artifact_dir: Storage) -> pa.Array:

@@ -158,10 +158,11 @@ def _write(
     storage = where.storage
     if is_finished(storage, out, config=config, inputs=inputs):
         return find(storage, out)
-    home = begin(storage, out, config, inputs=inputs, anew=True)
+    home = storage.sub(out.path)
     with hold(home) as lease:
         if is_finished(storage, out, config=config, inputs=inputs):  # since the first check
             return find(storage, out)
+        begin(storage, out, config, inputs=inputs, anew=True)
         # A folder of this writer alone: an overtaken writer overwrites no file of its successor.
         folder = f"{ROWS}/{lease.token}"
         files: list[RowFile] = []

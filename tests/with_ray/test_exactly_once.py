@@ -114,7 +114,7 @@ def test_a_job_that_its_user_stops_says_how_to_go_on(tmp_path: Path, tiny_model:
     driver = site.drive()
     driver.until(lambda: site.committed() > 0)
     assert driver.interrupt() == 128 + signal.SIGINT
-    assert driver.errors.rstrip().endswith("run the same again to go on")
+    assert driver.errors.rstrip().endswith("run the same command again to resume")
     assert "Traceback" not in driver.errors
     site.drive().succeed()
     site.check_exactly_once()

@@ -103,7 +103,7 @@ def test_ctrl_c_ends_a_training_as_it_ends_every_job(site: Site, tmp_path: Path)
     wait_for(lambda: _has_begun(home), still=lambda: driver.poll() is None)
     driver.send_signal(signal.SIGINT)
     said = _ended(driver, tmp_path)
-    assert "run the same again to go on" in said
+    assert "run the same command again to resume" in said
     assert driver.returncode == 128 + signal.SIGINT
 
 
