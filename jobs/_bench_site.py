@@ -97,7 +97,7 @@ def make_model(storage: Storage) -> None:
     from sg4v_ray.recipes import nano_tokenizer
 
     config = model_150m()
-    home = begin(storage, CAPTIONER, {"model": config}, anew=True)
+    home = begin(storage, CAPTIONER, {"model": config})
     folder = Path(storage.root) / CAPTIONER.path / "model"
     save(create(config, seed=0), folder, dtype="bfloat16")
     save_processor(
@@ -114,7 +114,7 @@ def make_model(storage: Storage) -> None:
 def make_index(storage: Storage, rows: Iterator[ImageRow], *, out: Ref = IMAGES) -> None:
     """Write rows as an index, instead of the index that an earlier case made there."""
     storage.delete(out.path)
-    artifact_dir = begin(storage, out, {}, anew=True)
+    artifact_dir = begin(storage, out, {})
     tables = (to_table(ImageRow, batch) for batch in batched(rows, ROWS_PER_INDEX_FILE))
     files = tuple(
         put_table(artifact_dir, f"{ROWS}/part-{number:05d}.parquet", table)

@@ -30,7 +30,7 @@ def make_model(storage: Storage) -> Path:
     none is the end, so that answers have the length that was asked for.
     """
     config = {"model": MODEL, "use": "serving"}
-    home = begin(storage, site.CAPTIONER, config, anew=True)
+    home = begin(storage, site.CAPTIONER, config)
     with tempfile.TemporaryDirectory() as scratch, hold(home) as lease:
         folder = Path(scratch, "model")
         model = create(MODEL, seed=0)

@@ -45,10 +45,11 @@ def import_weights(job: ImportJob) -> Manifest:
     if is_finished(storage, out, config=job.config, inputs=inputs):
         return find(storage, out)
     source = importing.read_source(job.config, job.paths, name=out.name)
-    home = begin(storage, out, job.config, inputs=inputs, anew=True)
+    home = storage.sub(out.path)
     with hold(home) as lease, tempfile.TemporaryDirectory(prefix="sg4v-import-") as folder:
         if is_finished(storage, out, config=job.config, inputs=inputs):  # since the first check
             return find(storage, out)
+        begin(storage, out, job.config, inputs=inputs, lease=lease)
         tower = importing.write_model(source, job.config, job.paths, Path(folder))
         home.delete(MODEL_FOLDER)
         return commit(

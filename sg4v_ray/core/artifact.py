@@ -167,7 +167,7 @@ def begin(
     config: object,
     *,
     inputs: Mapping[str, str] | None = None,
-    anew: bool = False,
+    lease: Lease | None = None,
 ) -> Storage:
     """Return the storage of an artifact that is about to be written, and pin its identity.
 
@@ -175,11 +175,12 @@ def begin(
     config is refused although no manifest exists yet.
 
     Args:
-        anew: replace the config of an unfinished attempt, because the stage resumes nothing. Only
-            under the lease: the config of a running writer must stay.
+        lease: from a stage that resumes nothing. The config of an unfinished attempt is then
+            replaced; without a lease that would be the config of a running writer.
 
     Raises:
-        ArtifactDrift: an unfinished attempt of another config lies there.
+        ArtifactDrift: an unfinished attempt of another config lies there, and no lease was given.
+        LeaseLost: another writer took over.
     """
     home = storage.sub(ref.path)
     record = {
@@ -187,7 +188,8 @@ def begin(
         "identity": identity_form(config),
         "inputs": dict(inputs or {}),
     }
-    if anew:
+    if lease is not None:
+        lease.check()
         home.put(CONFIG, _dump(record))
     elif not home.create(CONFIG, _dump(record)):
         old = json.loads(home.get(CONFIG))

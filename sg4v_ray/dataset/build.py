@@ -106,7 +106,7 @@ def run(config: BuildConfig, *, out: Ref, where: Where) -> Manifest:
     with hold(home) as lease, tempfile.TemporaryDirectory() as folder:
         if is_finished(storage, out, config=config, inputs=inputs):  # since the first check
             return find(storage, out)
-        begin(storage, out, config, inputs=inputs, anew=True)
+        begin(storage, out, config, inputs=inputs, lease=lease)
         _write(Path(folder) / SAMPLES, _samples(where, config, counts))
         if not counts["samples"]:
             raise ContractError(

@@ -138,7 +138,7 @@ def run(config: MixConfig, *, out: Ref, where: Where) -> Manifest:
     with hold(home) as lease, tempfile.TemporaryDirectory() as folder:
         if is_finished(storage, out, config=config, inputs=inputs):  # since the first check
             return find(storage, out)
-        begin(storage, out, config, inputs=inputs, anew=True)
+        begin(storage, out, config, inputs=inputs, lease=lease)
         figures = _write(config, Path(folder), title=str(out), inputs=inputs, show=show)
         digests = home.upload(Path(folder), "")
         counts = {key: figures["all"][key] for key in ("after", "removed", "added")}

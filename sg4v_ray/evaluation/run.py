@@ -116,8 +116,8 @@ def score(
             "commonest_answer_accuracy": round(commonest_answer_accuracy(train, test), 4),
             "by_answer": {key: list(value) for key, value in by_answer(rows).items()},
         }
-        home = begin(storage, out, config, inputs=inputs, anew=True)
-        with hold(home) as lease:
+        with hold(storage.sub(out.path)) as lease:
+            begin(storage, out, config, inputs=inputs, lease=lease)
             counts = {"questions": len(rows), "rejected": sum(1 for one in rows if one.reject)}
             commit(
                 storage,

@@ -145,7 +145,7 @@ def read_footer(folder: Storage, name: str, size_bytes: int | None = None) -> Pa
     """
     size = folder.size_bytes(name) if size_bytes is None else size_bytes
     if size < _LEAST_BYTES:
-        raise ValueError(f"it has {size} bytes")
+        raise ValueError(f"no Parquet footer fits into its {size} bytes")
     # Not a suffix range: Azure has none.
     tail = folder.get_range(name, max(0, size - _FOOTER_BYTES), size)
     if tail[-4:] != _MAGIC:

@@ -162,7 +162,7 @@ def _write(
     with hold(home) as lease:
         if is_finished(storage, out, config=config, inputs=inputs):  # since the first check
             return find(storage, out)
-        begin(storage, out, config, inputs=inputs, anew=True)
+        begin(storage, out, config, inputs=inputs, lease=lease)
         # A folder of this writer alone: an overtaken writer overwrites no file of its successor.
         folder = f"{ROWS}/{lease.token}"
         files: list[RowFile] = []

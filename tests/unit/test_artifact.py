@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,14 @@ from sg4v_ray.core.errors import (
     StorageError,
 )
 from sg4v_ray.core.lease import LeaseTiming, hold
+from sg4v_ray.core.row_files import RowFile
 from sg4v_ray.core.storage import Storage
 from tests.waiting import eventually
 
 REF = Ref(name="captions", version="v1")
 FAST = LeaseTiming(ttl_s=0.6, heartbeat_s=0.1)
 INPUTS = {"images@v1": "abc"}
+FILE = RowFile(path="rows/1/part-0.parquet", rows=2, size_bytes=1, ids_sha256="0" * 64)
 
 
 @pytest.fixture
@@ -90,6 +93,33 @@ def test_drift_is_noticed_before_there_is_a_manifest(storage: Storage) -> None:
 def test_names_stay_inside_the_root(name: str) -> None:
     with pytest.raises(ConfigError):
         Ref(name=name)
+
+
+def test_a_stage_that_resumes_nothing_replaces_the_config_of_an_unfinished_attempt(
+    storage: Storage,
+) -> None:
+    home = begin(storage, REF, {"beams": 3}, inputs=INPUTS)
+    with pytest.raises(ArtifactDrift):
+        begin(storage, REF, {"beams": 4}, inputs=INPUTS)
+    with hold(home, timing=FAST) as lease:
+        begin(storage, REF, {"beams": 4}, inputs=INPUTS, lease=lease)
+        commit(storage, REF, config={"beams": 4}, inputs=INPUTS, counts={}, lease=lease)
+    find(storage, REF, config={"beams": 4}, inputs=INPUTS)
+
+
+def test_a_retry_of_a_format_1_artifact_with_a_raised_limit_opens_under_its_own_config(
+    storage: Storage,
+) -> None:
+    own, raised = {"max_pixels": 5}, {"max_pixels": 9}
+    finish(storage, own)
+    first = replace(find(storage, REF), identity={}, format=1)
+    storage.put(f"{REF.path}/manifest.json", json.dumps(asdict(first)).encode())
+    with hold(storage.sub(REF.path), timing=FAST) as lease:
+        commit(
+            storage, REF, config=raised, inputs=INPUTS, counts={"rows": 2}, lease=lease,
+            earlier=first, attempts=("rows/1", "rows/2"), files=(FILE,),
+        )  # fmt: skip
+    assert find(storage, REF, config=own, inputs=INPUTS).attempts == ("rows/1", "rows/2")
 
 
 def test_a_second_writer_is_refused_while_the_first_lives(storage: Storage) -> None:

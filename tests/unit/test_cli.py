@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line is made from recipes, and refuses what cannot work before any work."""
 
+import errno
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from obstore.exceptions import GenericError
 
 from jobs import _cli, _steps, build_dataset
 from jobs.__main__ import listing
@@ -47,6 +49,26 @@ VERBS = (
 def test_a_renamed_flag_names_its_successor(flag: str, answer: str) -> None:
     with pytest.raises(ConfigError, match=answer):
         _cli.parse("doc", lambda line: line.caption, ["demo", flag, "9"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EROFS, "Read-only file system", "/data/runs"),
+        GenericError("no answer from the store\n\nDebug source: a page"),
+    ],
+)
+def test_a_storage_error_ends_a_job_with_one_sentence(
+    capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def run() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match="1"):
+        _cli.main(run)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("StorageError: ")
+    assert line.endswith("committed work is kept, run the same command again to resume")
 
 
 def test_the_listing_has_a_line_for_every_verb_and_recipe() -> None:

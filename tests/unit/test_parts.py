@@ -169,6 +169,16 @@ def test_late_files_in_the_folder_are_not_data(index: RowIndex, out: Storage) ->
     assert [one.path for one in checked.files] == [part_name(one.number) for one in parts]
 
 
+@pytest.mark.parametrize("root", ["local", "s3://sg4v-test/short"])
+@pytest.mark.parametrize("size", [0, 4, 11])
+@pytest.mark.usefixtures("s3")
+def test_an_object_too_short_for_a_footer_is_damaged(tmp_path: Path, root: str, size: int) -> None:
+    out = Storage(root if "://" in root else str(tmp_path / root))
+    out.put(part_name(0), b"PAR1PAR1PAR1"[:size])
+    with pytest.raises(ValueError, match=f"no Parquet footer fits into its {size} bytes"):
+        read_footer(out, part_name(0))
+
+
 def test_a_parquet_file_without_part_metadata_is_no_part(index: RowIndex, out: Storage) -> None:
     out.put(part_name(0), index.folder.get("a.parquet"))
     with pytest.raises(ValueError, match="was not written as a part"):

@@ -207,6 +207,16 @@ def test_an_unknown_death_is_forgotten_when_the_rows_leave_alive() -> None:
         tracker.leave("e1", ["a", "b"])
 
 
+def test_the_log_names_condemned_rows_only(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = CrashTracker()
+    crash_together(tracker, ["a"])
+    tracker.enter_probe("e1", ["a"])
+    tracker.died("e1", DeathCause.UNKNOWN)
+    assert "condemned" not in caplog.text
+    crash_probe(tracker, ["a"])
+    assert "condemned, crashes the engine: a" in caplog.text
+
+
 def test_preemption_between_two_unknown_deaths_changes_nothing() -> None:
     tracker = CrashTracker()
     for cause in (DeathCause.UNKNOWN, DeathCause.NODE_LOST, DeathCause.UNKNOWN):

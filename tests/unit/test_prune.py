@@ -203,6 +203,13 @@ def test_an_index_is_removable_only_beside_the_one_that_was_used(
     )
 
 
+def test_indexes_with_the_ids_of_the_used_one_are_all_kept(storage: Storage, home: Storage) -> None:
+    used = write_index(home.sub(f"chosen-{'2' * 16}"), [rows("a", "b")])
+    write_index(home.sub(f"chosen-{'1' * 16}"), [rows("a", "b")])  # e.g. with another prompt
+    home.put(f"{ATTEMPT}/plan.json", json.dumps({"index_sha256": used.sha256}).encode())
+    assert found_in(storage) == {}
+
+
 def test_leases_of_ended_writers_are_removable_the_newest_is_not(
     storage: Storage, home: Storage
 ) -> None:

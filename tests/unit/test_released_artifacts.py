@@ -30,8 +30,8 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path / "root"))
 
 
-def adopt(artifact_dir: Storage, out: Storage, index: RowIndex, parts: list[Part]) -> None:
-    assert adopt_rows_of_0_1(
+def adopt(artifact_dir: Storage, out: Storage, index: RowIndex, parts: list[Part]) -> bool:
+    return adopt_rows_of_0_1(
         artifact_dir, out, list(out.list()), index, parts, record=CaptionRow, identity="x"
     )
 
@@ -59,11 +59,16 @@ def test_a_late_file_in_a_released_artifact_is_an_error(storage: Storage) -> Non
         row_files(storage.sub(captions.path), find(storage, captions))
 
 
-def test_finished_rows_of_a_killed_job_become_parts(storage: Storage) -> None:
+def test_finished_rows_of_a_killed_job_become_parts_once(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
     artifact_dir, index = storage.sub(KILLED.path), row_index(storage, IMAGES)
     out, parts = artifact_dir.sub("rows/attempt-0001"), split_into_parts(index, 4)
-    for _ in range(2):  # the second call finds them
-        adopt(artifact_dir, out, index, parts)
+    assert adopt(artifact_dir, out, index, parts)
+    assert "4 of its 6 finished rows are kept" in caplog.text
+    caplog.clear()
+    assert not adopt(artifact_dir, out, index, parts)
+    assert caplog.text == ""
     checked = check_parts(out, index, parts, identity="x")
     assert [one.number for one in checked.missing] == [1, 2]  # rows 4 and 5 of 4 to 7 are finished
     (kept,) = read_tables(out, checked.files, None)

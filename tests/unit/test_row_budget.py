@@ -2,11 +2,13 @@
 """At most so many rows are decoded or in process, in the order of the requests."""
 
 import asyncio
+from collections.abc import Callable
 
+import pyarrow as pa
 import pytest
 
 from sg4v_ray.exactly_once.capacity import rows_per_decode_task
-from sg4v_ray.exactly_once.part_actor import RowBudget
+from sg4v_ray.exactly_once.part_actor import PartActor, RowBudget, without_images
 
 
 def run_all(budget: RowBudget, sizes: list[int]) -> tuple[int, list[int]]:
@@ -52,6 +54,46 @@ def test_a_cancelled_request_gives_its_rows_to_the_next() -> None:
         assert waiting[0].cancelled()
 
     asyncio.run(cancel_the_first_waiter())
+
+
+class OneRowFails(PartActor):
+    """Raises for a slice while other rows of it are in process, and releases those later."""
+
+    def __init__(self) -> None:  # no base: that reports to a cluster
+        self._budget = RowBudget(4)
+        self.late: list[Callable[[], None]] = []
+
+    async def _decoded(self, rows: pa.Table) -> pa.Table:
+        return rows
+
+    async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
+        release_row()
+        self.late += [release_row] * 2
+        raise ValueError("the third row")
+
+
+def test_rows_of_a_failed_slice_are_released_once() -> None:
+    actor = OneRowFails()
+    with pytest.raises(ValueError, match="third"):
+        asyncio.run(actor._process_slice(pa.table({"id": ["a", "b", "c"]})))
+    for release_row in actor.late:
+        release_row()
+    assert run_all(actor._budget, [2, 2, 2])[0] == 4, "the budget has as many rows as before"
+
+
+def test_rows_without_images_do_not_keep_the_object_that_had_them() -> None:
+    rows = pa.table({"id": ["a", "b"], "image": [b"1" * 1000, None], "reject": [None, "corrupt"]})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows)
+    stored = bytearray(sink.getvalue())  # stands for an object of Ray's store
+    view = pa.ipc.open_stream(pa.py_buffer(stored)).read_all()
+    with pytest.raises(BufferError):
+        stored.append(0)
+    kept = without_images(view)
+    del view
+    stored.append(0)
+    assert kept.to_pydict() == {"id": ["a", "b"], "reject": [None, "corrupt"]}
 
 
 @pytest.mark.parametrize(

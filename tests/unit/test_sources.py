@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sg4v_ray.core.artifact import Ref
-from sg4v_ray.core.errors import ConfigError, ContractError
+from sg4v_ray.core.errors import ConfigError, ContractError, LeaseHeld
+from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import ImageRow, Question
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.where import Where
@@ -77,6 +78,18 @@ def test_a_wrong_first_attempt_binds_nobody(where: Where, tmp_path: Path) -> Non
         index(where, Folder(path="/does/not/exist"))
     (tmp_path / "a.png").write_bytes(b"1")
     assert [one.id for one in index(where, Folder(path=str(tmp_path)))] == ["a.png"]
+
+
+def test_a_second_job_that_is_refused_leaves_the_config_of_the_first(
+    where: Where, tmp_path: Path
+) -> None:
+    index(where, EasyVqaImages(split="test", name="test"))
+    home = where.storage.sub(IMAGES.path)
+    home.delete("manifest.json")  # as if the first job had not ended
+    before = home.get("config.json")
+    with hold(home), pytest.raises(LeaseHeld):
+        index(where, Folder(path=str(tmp_path), name="mine"))
+    assert home.get("config.json") == before
 
 
 def test_a_file_name_that_cannot_be_an_id_is_named(where: Where, tmp_path: Path) -> None:

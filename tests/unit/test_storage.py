@@ -2,12 +2,13 @@
 """Looking at a place leaves it as it was; only writing makes folders."""
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import obstore
 import pytest
-from obstore.exceptions import AlreadyExistsError, GenericError
+from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError
 
 from sg4v_ray.core.errors import StorageError
 from sg4v_ray.core.storage import Storage
@@ -69,15 +70,57 @@ def test_an_object_that_was_accepted_without_an_answer_is_the_writers_own(
     assert not home.create("part", b"of another")
 
 
-@pytest.mark.usefixtures("s3")
-def test_an_object_that_was_not_accepted_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **options: Any) -> None:
-        raise GenericError("the store is away")
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeat at once."""
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
 
+
+def failing_put(errors: list[Exception], then: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a put that raises these errors, and then does its work."""
+
+    def put(*args: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return then(*args, **options)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(GenericError("connection reset"), id="dropped connection"),
+        pytest.param(AlreadyExistsError("409 Conflict"), id="another write in progress"),
+    ],
+)
+@pytest.mark.usefixtures("s3", "no_pauses")
+def test_a_create_that_left_no_object_is_repeated(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    home = Storage("s3://sg4v-test/repeated")
+    monkeypatch.setattr(obstore, "put", failing_put([error, error], obstore.put))
+    assert home.create("part", b"mine")
+    assert home.get("part") == b"mine"
+
+
+@pytest.mark.usefixtures("s3", "no_pauses")
+def test_a_store_that_fails_each_time_ends_a_create_with_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     home = Storage("s3://sg4v-test/away")
-    monkeypatch.setattr(obstore, "put", refuse)
-    with pytest.raises(GenericError, match="away"):
+    errors: list[Exception] = [GenericError("the store is away\n\nDebug source: ...")] * 6
+    monkeypatch.setattr(obstore, "put", failing_put(errors, obstore.put))
+    with pytest.raises(StorageError, match=r"in 6 tries: the store is away\. Run the job again"):
         home.create("part", b"mine")
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_refusal_for_good_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[Exception] = [PermissionDeniedError("403")]
+    monkeypatch.setattr(obstore, "put", failing_put(errors, obstore.put))
+    with pytest.raises(PermissionDeniedError):
+        Storage("s3://sg4v-test/denied").create("part", b"mine")
 
 
 def test_a_kill_inside_a_local_create_leaves_no_object(
@@ -109,14 +152,14 @@ def test_a_file_system_without_hard_links_is_refused(
 
 @pytest.mark.parametrize("root", ["local", "s3://sg4v-test/tail"])
 @pytest.mark.usefixtures("s3")
-def test_the_end_of_an_object_is_read_alone(tmp_path: Path, root: str) -> None:
+def test_a_range_of_an_object_is_read_alone(tmp_path: Path, root: str) -> None:
     home = Storage(root if "://" in root else str(tmp_path / root))
     home.put("a", b"0123456789")
-    assert home.get_tail("a", 3) == b"789"
-    assert home.get_tail("a", 100) == b"0123456789"
+    assert home.get_range("a", 7, 10) == b"789"
+    assert home.get_range("a", 0, 10) == b"0123456789"
     assert home.size_bytes("a") == 10
     assert home.sizes() == {"a": 10}
     home.put("sub/b", b"1")
     assert home.list_folder() == ["a"]
     with pytest.raises(StorageError, match="no such object"):
-        home.get_tail("none", 3)
+        home.get_range("none", 0, 3)

@@ -160,6 +160,31 @@ def test_the_first_rows_are_decoded_while_the_engine_loads(tmp_path: Path) -> No
     assert len(send(Storage(where.root), where, 20, step=step)) == 20
 
 
+def prepare_or_crash(table: pa.Table) -> pa.Table:
+    """Return reject columns of an image, or end the process as a decoder with a fault does."""
+    if "7" in table["id"].to_pylist() and table["uri"][0].as_py() == "/x":
+        os._exit(1)
+    rejects = [None if uri == "/x" else "missing" for uri in table["uri"].to_pylist()]
+    prepared = prepare(table).append_column("reject", pa.array(rejects, pa.string()))
+    return prepared.append_column("reject_detail", pa.nulls(len(table), pa.string()))
+
+
+class KeepsRejects(Worker):
+    """Keeps the rejects of the decode step."""
+
+    async def process(self, rows: pa.Table, release_row: Callable[[], None]) -> pa.Table:
+        reject = rows["reject"]
+        rows = await super().process(rows.drop_columns(["reject"]), release_row)
+        return rows.set_column(rows.column_names.index("reject"), "reject", reject)
+
+
+def test_an_image_that_crashes_the_decode_process_is_rejected_alone(tmp_path: Path) -> None:
+    where = Where(root=str(tmp_path), engine_cpus=0.5, progress=False, max_actors=1)
+    step = replace(STEP, actor=KeepsRejects, prepare=prepare_or_crash, capacity=4)
+    rejects = {row["id"]: row["reject"] for row in send(Storage(where.root), where, 8, step=step)}
+    assert rejects == {str(n): "corrupt" if n == 7 else None for n in range(8)}
+
+
 @pytest.mark.timeout(300)
 def test_the_largest_engine_leaves_room_for_one_decode_task(tmp_path: Path) -> None:
     where = Where(root=str(tmp_path), engine_cpus=3.5, progress=False)  # of 4
