@@ -87,7 +87,7 @@ show-captioning: .venv/installed  ## what is claimed about captioning at scale (
 	$(RUN) jobs.bench_captions --case scaling --root $(ROOT)/bench-scaling
 	$(RUN) pytest -m shown tests/shown/test_captioning.py -k 'not job_over'
 
-show-crashes: .venv/installed  ## a job killed at every storage request is finished by one resume (at most 60 minutes)
+show-crashes: .venv/installed  ## a job killed at storage requests of each kind is finished by one resume (at most 60 minutes)
 	$(RUN) pytest -m crashes tests/crashes
 
 show-plan: .venv/installed  ## a job over 20 million rows: memory, restarts, commit (at most 40 minutes)

@@ -80,4 +80,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run, stopped="what was deleted is gone, the rest is kept")
+    main(run, stopped="some objects were deleted; run again to delete the others")

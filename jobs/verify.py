@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that a finished artifact has each id of its index exactly once and that all hashes agree.
+"""Check that a finished artifact has each id exactly once and that all recorded hashes agree.
 
 python -m jobs.verify NAME@VERSION --root PATH_OR_URI [--json]
 
-Reads the manifest and the files alone, and writes nothing. Exit code 1 if anything disagrees.
+Reads the manifest, its files and the index that they were made from; writes nothing. Exit
+code 1 if anything disagrees.
 """
 
 import dataclasses

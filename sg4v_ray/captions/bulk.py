@@ -44,7 +44,8 @@ from sg4v_ray.model.geometry import Geometry
 )
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BulkConfig:
-    """What every image is asked and how the answer is decoded: all that decides a caption."""
+    """The question about every image, the decoding of its answer, and limits of both. `fetch` and
+    `budget` decide no caption and are not part of identity."""
 
     generate: GenerateConfig
     geometry: Geometry

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quality gate: why a text is no caption. Pure functions of the text and what was asked.
 
-An empty or cut-off text is rejected before this (`batch.generate.judge`).
+An empty or cut-off text is rejected before this (`exactly_once.generate.judge`).
 """
 
 import functools

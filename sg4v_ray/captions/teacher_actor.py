@@ -30,7 +30,7 @@ from sg4v_ray.exactly_once.part_actor import PartActor, without_images
 from sg4v_ray.inference.engine import EngineStats
 
 AT_DESK: Final = 10_000
-"""Calls that may wait at the desk: far more rows than any flow brings."""
+"""Calls that may wait for this actor: far more than all pool actors have rows in flight."""
 COLUMNS: Final = ("id", "image", "image_sha256", "prompt")
 
 

@@ -10,10 +10,10 @@
       ArtifactError
         ArtifactMissing     name@version was never committed
         ArtifactDrift       it was, but from another config
-        ArtifactCorrupt     the counts in the data disagree with the index
+        ArtifactCorrupt     files are damaged, missing, or not those that its manifest lists
       LeaseError
         LeaseHeld           another driver is writing this artifact
-        LeaseLost           another driver took over; this one must not commit
+        LeaseLost           another driver took over, or the folder was deleted; commit nothing
       StorageError          a path is missing, exists already, or cannot be reached
       TeacherError
         TeacherBusy         retry: rate limit, timeout, connection, 5xx
@@ -66,7 +66,7 @@ class ArtifactDrift(ArtifactError):
 
 
 class ArtifactCorrupt(ArtifactError):
-    """The rows of an artifact disagree with its index."""
+    """Files of an artifact are damaged, missing, or not those that its manifest lists."""
 
 
 class LeaseError(Sg4vError):

@@ -29,12 +29,12 @@ _FOLDER = "lease"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseTiming:
-    """How fast a dead writer is noticed."""
+    """Intervals that decide when a dead writer is replaced."""
 
     ttl_s: float = 30.0
-    """A heartbeat that stands still this long means that its writer is dead."""
+    """Seconds without a new heartbeat after which a writer counts as dead."""
     heartbeat_s: float = 5.0
-    """How often the writer renews; several must fit in `ttl_s`."""
+    """Seconds between two heartbeats; several must fit into `ttl_s`."""
 
 
 def _machine() -> str:
@@ -132,12 +132,12 @@ class Lease:
         if newest > self.number:
             raise LeaseLost(
                 f"writer {newest} took over {self._storage.root}; this one was writer "
-                f"{self.number}. Nothing was committed; let the other job finish."
+                f"{self.number} and writes no manifest. Let the other job finish."
             )
         if newest < self.number or self._claimed_by() != self.token:
             raise LeaseLost(
-                f"{self._storage.root} was deleted while this job wrote to it. Nothing was "
-                "committed; if another job writes there now, let it finish."
+                f"{self._storage.root} was deleted while this job wrote to it. No manifest was "
+                "written; if another job writes there now, let it finish."
             )
 
     def _claimed_by(self) -> str | None:

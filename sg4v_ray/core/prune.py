@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects below a root that no manifest refers to, and their removal.
+"""Leftover objects below a root, and their removal.
 
-Only known kinds of leftovers are found: row files that lost a race or were made again, indexes that
-were not used, `checkpoint-*/` of version 0.1, lease files of ended writers, and staging files
-`NAME#<digits>` of local roots, which listings of obstore hide. Nothing else is touched: no
-manifest, config or plan, no model or digest, no report, no curve, no retry that was started and
-can be resumed, and nothing of the teacher's ledger.
+Only known kinds are found: row files that lost a race or were made again, attempts after the one
+that can be resumed, indexes that were not used, `checkpoint-*/` of version 0.1, lease files of
+ended writers, and staging files `NAME#<digits>` of local roots, which listings of obstore hide.
+Nothing else is touched: no manifest or config, no model or digest, no report, no curve, no retry
+that can be resumed, and nothing of the teacher's ledger.
 """
 
 import json
@@ -44,7 +44,7 @@ _RETRY: Final = re.compile(r"retry/attempt-(\d{4})/.*")
 _CHECKPOINT: Final = re.compile(r"checkpoint-0\d{3}")
 _PLAN: Final = "plan.json"
 _MANIFEST_KEYS: Final = {"name", "version", "fingerprint", "config", "inputs", "counts"}
-_AGAIN: Final = "another file of this part is listed"
+_AGAIN: Final = "superseded part"
 _IN_USE_S: Final = 10.0
 """A staging file that was written to in this time belongs to a living writer without a lease, such
 as an export."""
@@ -243,11 +243,11 @@ def _rows(artifact: _Artifact) -> _Found:
         if path in artifact.files or path.startswith(whole):
             continue
         if folder not in artifact.attempts and (name.endswith(".parquet") or name == _PLAN):
-            yield path, size, "of a writer that did not commit"
+            yield path, size, "uncommitted attempt"
         elif name.endswith(".parquet"):
             part = _part_of(path)
             again = part is not None and part in listed_parts
-            yield path, size, _AGAIN if again else "not listed"
+            yield path, size, _AGAIN if again else "not in the manifest"
 
 
 def _part_of(path: str) -> tuple[str, int] | None:
@@ -267,7 +267,7 @@ def _indexes(artifact: _Artifact) -> _Found:
     for folder in folders:
         if used and folder not in used:
             for path, size in artifact.dir.sizes(folder).items():
-                yield path, size, "index of a run that was refused"
+                yield path, size, "unused index"
 
 
 def _retries(artifact: _Artifact) -> _Found:
@@ -275,7 +275,7 @@ def _retries(artifact: _Artifact) -> _Found:
     for path, size in artifact.dir.sizes("retry").items():
         match = _RETRY.fullmatch(path)
         if match and int(match[1]) > artifact.next_attempt:
-            yield path, size, "of a retry that cannot be resumed"
+            yield path, size, "abandoned retry"
 
 
 def _checkpoints(artifact: _Artifact) -> _Found:

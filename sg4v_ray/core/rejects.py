@@ -11,7 +11,7 @@ from sg4v_ray.core.errors import ConfigError, TooManyRejects
 _FIRST_ROWS: Final = 1000
 _MOST_OF_THEM: Final = 0.5
 _WORTH_ENDING: Final = 1000
-"""With fewer rows left a job goes on: written, they say more than a job that was cut short."""
+"""With fewer rows left a job continues: complete rows are more useful than an early end."""
 _NAMED: Final = 5
 
 

@@ -29,7 +29,7 @@ from sg4v_ray.core.errors import ConfigError, StorageError
 from sg4v_ray.core.retry import RetryPolicy
 
 STORAGE_ERRORS = (OSError, BaseError)
-"""What reading and writing raise while a disk or a bucket is away."""
+"""Errors raised while a disk or a bucket is unavailable."""
 _CREATE = RetryPolicy(max_tries=6, first_delay_s=0.5, max_delay_s=8.0)
 _SCHEMES = ("file", "s3", "gs", "az", "abfs", "abfss")
 _CLOUD_VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
@@ -234,7 +234,7 @@ class Storage:
             else:
                 found.unlink(missing_ok=True)
             return
-        # A listing has what lies below a prefix, and not the object of that very name.
+        # A prefix listing leaves out the object whose name equals the prefix.
         exact = [prefix] if prefix and self.exists(prefix) else []
         self.delete_objects([*exact, *self.list(prefix)])
 

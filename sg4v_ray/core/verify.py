@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline verification of a finished artifact, from its manifest and its files alone.
+"""Offline verification of a finished artifact: its manifest, its files and their index.
 
-Every listed file is read whole once, with its page checksums. Memory holds 8 bytes for each row and
+Every listed file is read whole, with its page checksums. Memory holds 8 bytes for each row and
 the ids of retry attempts; the ids of the first attempt are never in memory together.
 """
 

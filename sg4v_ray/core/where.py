@@ -75,8 +75,8 @@ class Where:
     """Where a training run's curves go: TensorBoard files in the model's artifact, or Weights &
     Biases (WANDB_API_KEY, WANDB_MODE and the like in the environment of the workers)."""
     finish_by: str | None = None
-    """How long captioning may take from its start, e.g. `6h30m`. The first blocks measure the
-    speed; then the pool gets the size that makes it, `max_actors` at most."""
+    """Time budget of captioning from its start, e.g. `6h30m`. The throughput of the first 64 rows
+    per actor is measured; then the pool gets the size that meets it, `max_actors` at most."""
     gpu_hour_usd: float | None = None
     """What one GPU costs an hour; tells dollars so far and expected."""
     max_usd: float | None = None

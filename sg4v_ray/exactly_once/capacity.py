@@ -36,7 +36,7 @@ def check_cluster_capacity(where: Where) -> None:
         )
 
 
-def actors_at_once(where: Where) -> int:
+def initial_pool_size(where: Where) -> int:
     """Return how many of `max_actors` fit now; Ray starts the others as the cluster grows."""
     if (fit := num_engines_that_fit(where, max_cluster_resources())) < where.max_actors:
         _log.warning(
@@ -49,7 +49,7 @@ def actors_at_once(where: Where) -> int:
     return max(where.min_actors, min(where.max_actors, now))
 
 
-def most_actors(where: Where) -> int:
+def max_pool_size(where: Where) -> int:
     """Return the limit of the pool: `max_actors`, fewer where engines would take all CPUs.
 
     Ray Data does not count the CPUs of decode tasks, so its pool would grow into them. Engines on
@@ -65,8 +65,8 @@ def rows_per_decode_task(capacity: int, at_most: int) -> int:
     """Return the size of decode tasks that keeps an engine full with twice its capacity in flight.
 
     A task starts when all its rows fit, so it has at most half of the capacity: as many decoded
-    rows wait while it runs. Of the larger half of the possible sizes, the size that leaves the
-    fewest of the rows in flight unused.
+    rows wait while it runs. Sizes from half the maximum to the maximum are compared; the one that
+    leaves the fewest of the rows in flight unused is taken.
     """
     most = min(at_most, math.ceil(capacity / 2))
     return min(range(math.ceil(most / 2), most + 1), key=lambda rows: (2 * capacity % rows, -rows))

@@ -20,11 +20,10 @@ class Batching:
     """Sizes of the units of work. They change no row, so they are not identity."""
 
     rows_per_part: int = 512
-    """Rows that are committed together: about 30 s of one actor's work. Fixed by the first run of
-    an artifact; larger where an index would have more than 50,000 parts. A kill loses the parts
-    in flight."""
+    """Rows that are committed together. Fixed by the first run of an attempt; larger where an index
+    would have more than 50,000 parts. A kill loses the parts in flight."""
     rows_per_task: int = 16
-    """Rows of one decode task; fewer where an engine processes less than twice as many at once."""
+    """Rows of one decode task at most; half of the engine's capacity if that is less."""
 
     def __post_init__(self) -> None:
         for name in ("rows_per_part", "rows_per_task"):

@@ -55,7 +55,7 @@ class Resize(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Status:
-    """The content of `status.json` beside an artifact."""
+    """The content of `status.json` in the folder of an artifact."""
 
     state: str
     """`in batches` (a teacher's), `running`, `stopped` (resumable) or `finished`."""
@@ -137,7 +137,9 @@ class JobMonitor:
         self._committed = (before + rows, counts + Counter(rejects))
 
     def stop_reason(self) -> Resize | Sg4vError | None:
-        """Return the reason to end the plan: Resize, LeaseLost, MoneySpent or TooManyRejects."""
+        """Return the reason to end the plan: Resize, LeaseLost, MoneySpent, TooManyRejects, or
+        Sg4vError if this thread has died.
+        """
         if self._reasons:
             return self._reasons.popleft()
         if not self._thread.is_alive():

@@ -97,7 +97,10 @@ def split_into_parts(index: RowIndex, rows_per_part: int) -> list[Part]:
 
 
 def part_size(index: RowIndex, wanted: int) -> int:
-    """Return the rows of a part: `wanted`, or more where that would give over `MAX_PARTS`."""
+    """Return the rows of a part: `wanted`, or more where that would give over `MAX_PARTS`.
+
+    Parts stay inside a file of the index, so there can be one more part for each file.
+    """
     return max(wanted, math.ceil(index.rows / MAX_PARTS))
 
 

@@ -33,10 +33,10 @@ from sg4v_ray.core.rows import ROWS
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.exactly_once.capacity import (
-    actors_at_once,
     check_cluster_capacity,
     decode_tasks_per_actor,
-    most_actors,
+    initial_pool_size,
+    max_pool_size,
     rows_per_decode_task,
 )
 from sg4v_ray.exactly_once.config import Batching
@@ -233,11 +233,11 @@ def _make(
                     raise ended.reason from None
                 ray.get(monitor.progress.drop_pool.remote())
                 where = replace(where, max_actors=ended.reason.actors)
-                initial_actors = actors_at_once(where)
+                initial_actors = initial_pool_size(where)
             except Sg4vError as error:
                 # Ray's error also has the type of its cause, with a page of traceback as text.
                 raise getattr(error, "cause", error) from None
-            # Actors live as long as references to them: the ended plan's objects, in cycles.
+            # The ended plan's objects form reference cycles that keep its actors alive.
             gc.collect()
         speed: Speed = ray.get(monitor.progress.speed.remote())
         return speed
@@ -313,7 +313,7 @@ def _execute(
         num_gpus=where.engine_gpus,
         compute=ActorPoolStrategy(
             min_size=where.min_actors,
-            max_size=most_actors(where),
+            max_size=max_pool_size(where),
             initial_size=initial_actors,
             # The next part starts while the last rows of the one before are in the engine.
             max_concurrent_calls_per_actor=1 + math.ceil(rows_in_flight / rows_per_part),

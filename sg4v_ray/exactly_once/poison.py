@@ -6,8 +6,8 @@ engine are recorded outside of it. A crash makes them one group of suspects; a g
 halves, each with the engine to itself, until a row crashes the engine alone. The loss of a node,
 Ray's memory monitor and our own stop are no crashes.
 
-    128 rows in one call        1 crash together, then at most 7 of halves: 8
-    128 rows in several calls   1 crash together, 1 of a whole call, then at most 7 of halves: 9
+    128 rows in one slice       1 crash together, then at most 7 of halves: 8
+    128 rows in several slices  1 crash together, 1 of a whole slice, then at most 7 of halves: 9
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 _log = logging.getLogger(__name__)
 
 REJECT_DETAIL: Final = (
-    "the engine crashed {crashes} times while it processed this image, the last time with this "
+    "the engine crashed {crashes} times with this image in its batch; the last crash was with this "
     "image alone"
 )
 """`reject_detail` of a condemned row."""
@@ -36,7 +36,7 @@ class DeathCause(StrEnum):
     """Why the process of an engine ended."""
 
     CRASHED = "crashed"
-    """By itself: an exit, an abort, a fault in native code. The only cause that a row can have."""
+    """By itself: an exit, an abort, a fault in native code. A row may be the cause."""
     NODE_LOST = "node_lost"
     """With its node: preemption, failure, scale-down."""
     MEMORY_MONITOR = "memory_monitor"
@@ -44,7 +44,8 @@ class DeathCause(StrEnum):
     STOPPED = "stopped"
     """Intended: `ray.kill`, the end of a plan."""
     UNKNOWN = "unknown"
-    """Not recorded, or a SIGTERM. The rows get one more try together."""
+    """Not recorded, or a SIGTERM. The rows get one more try together; the second such death counts
+    as a crash."""
 
 
 class Life(NamedTuple):
@@ -100,7 +101,8 @@ class CrashTracker:
     def started(self, engine: str, life: Life, previous_death: DeathCause | None) -> None:
         """Record a new life of an engine, and the death of the previous one.
 
-        One call for both: a life that ends before it does not hide the life whose rows were inside.
+        One call for both: if the new process dies before this call, the recorded process stays that
+        of the suspects.
         """
         if previous_death is not None:
             self.died(engine, previous_death)

@@ -37,7 +37,7 @@ class Request:
     step: str
     """index, caption, retry, or commit for the creation of their manifests."""
     role: str
-    """The process: driver, actor or decode."""
+    """The process: driver, actor, decode or other."""
     operation: str
     """put, create, get, head or list."""
     kind: str

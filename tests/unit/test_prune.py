@@ -106,12 +106,12 @@ KEPT = (
 )
 """What people or jobs may need: the second attempt is a retry that was started."""
 LEFT = {
-    f"{ATTEMPT}/part-000000.r1.parquet": "another file of this part is listed",
-    f"{ATTEMPT}/part-000077.parquet": "not listed",
-    f"{ATTEMPT}/foreign.parquet": "not listed",
-    "rows/0123abcd/part-00000.parquet": "of a writer that did not commit",
-    "rows/attempt-0007/plan.json": "of a writer that did not commit",
-    "retry/attempt-0007/index/part-00000.parquet": "of a retry that cannot be resumed",
+    f"{ATTEMPT}/part-000000.r1.parquet": "superseded part",
+    f"{ATTEMPT}/part-000077.parquet": "not in the manifest",
+    f"{ATTEMPT}/foreign.parquet": "not in the manifest",
+    "rows/0123abcd/part-00000.parquet": "uncommitted attempt",
+    "rows/attempt-0007/plan.json": "uncommitted attempt",
+    "retry/attempt-0007/index/part-00000.parquet": "abandoned retry",
     "checkpoint-0001/x.parquet": "checkpoint of version 0.1",
     "checkpoint-0002/deep/x.parquet": "checkpoint of version 0.1",
 }
@@ -137,7 +137,7 @@ def test_every_known_leftover_is_found_and_nothing_else(storage: Storage, home: 
     assert found_in(storage) == LEFT | dict.fromkeys(STAGING, "unfinished write")
     (one,) = (one for one in find_unreferenced(storage) if one.path.endswith("foreign.parquet"))
     path = f"captions/v1/{ATTEMPT}/foreign.parquet"
-    assert one == Unreferenced(path=path, size_bytes=5, reason="not listed")
+    assert one == Unreferenced(path=path, size_bytes=5, reason="not in the manifest")
 
 
 def test_finding_writes_nothing(storage: Storage, home: Storage) -> None:
@@ -176,9 +176,7 @@ def test_files_of_every_manifest_and_its_retries_are_kept(storage: Storage, home
         )  # fmt: skip
     home.put(path.replace(".parquet", ".r1.parquet"), b"12345")
     reasons = {key: one for key, one in found_in(storage).items() if "lease" not in key}
-    assert reasons == {
-        "rows/attempt-0002/part-000000.r1.parquet": "another file of this part is listed"
-    }
+    assert reasons == {"rows/attempt-0002/part-000000.r1.parquet": "superseded part"}
 
 
 def test_rows_of_format_1_are_all_kept(storage: Storage, home: Storage) -> None:
@@ -199,7 +197,7 @@ def test_an_index_is_removable_only_beside_the_one_that_was_used(
     home.put(f"{ATTEMPT}/plan.json", json.dumps({"index_sha256": used.sha256}).encode())
     folder = f"chosen-{'2' * 16}"
     assert found_in(storage) == dict.fromkeys(
-        (f"{folder}/index.json", f"{folder}/part-00000.parquet"), "index of a run that was refused"
+        (f"{folder}/index.json", f"{folder}/part-00000.parquet"), "unused index"
     )
 
 
@@ -368,7 +366,11 @@ def test_the_job_lists_first_and_prints_the_command_that_deletes(
     assert tree(storage) == before
     assert lines[0].split() == ["path", "bytes", "reason"]
     (line,) = (line for line in lines if "foreign" in line)
-    assert line.split(maxsplit=2) == [f"captions/v1/{ATTEMPT}/foreign.parquet", "5", "not listed"]
+    assert line.split(maxsplit=2) == [
+        f"captions/v1/{ATTEMPT}/foreign.parquet",
+        "5",
+        "not in the manifest",
+    ]
     assert "12 objects, 60 bytes" in lines[-2]
     assert "nothing was deleted" in lines[-2]
 

@@ -7,13 +7,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
 
 from jobs import _steps
 from jobs._bench_memory import Watcher
+from sg4v_ray.captions import in_batches
 from sg4v_ray.captions.quality import QualityConfig
 from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.lease import hold
@@ -26,6 +28,7 @@ from sg4v_ray.exactly_once import plan
 from sg4v_ray.exactly_once.config import Batching
 from sg4v_ray.exactly_once.part_actor import PartActor
 from sg4v_ray.exactly_once.plan import ActorStep, Attempt
+from sg4v_ray.exactly_once.stage import Stage
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.recipes.catalogue import RECIPES
 from tests.with_ray.caption_site import CAPTIONER, make_site
@@ -182,6 +185,17 @@ def test_an_image_that_crashes_the_decode_process_is_rejected_alone(tmp_path: Pa
     where = Where(root=str(tmp_path), engine_cpus=0.5, progress=False, max_actors=1)
     step = replace(STEP, actor=KeepsRejects, prepare=prepare_or_crash, capacity=4)
     rejects = {row["id"]: row["reject"] for row in send(Storage(where.root), where, 8, step=step)}
+    assert rejects == {str(n): "corrupt" if n == 7 else None for n in range(8)}
+
+
+@pytest.mark.scale
+def test_an_image_that_crashes_the_decode_process_is_left_out_of_batches_alone(
+    tmp_path: Path,
+) -> None:
+    stage = cast(Stage, SimpleNamespace(index=index_of(Storage(str(tmp_path)), 8)))
+    where = Where(root=str(tmp_path), progress=False)
+    tables = in_batches._prepared(stage, prepare_or_crash, where, rows_per_task=4)
+    rejects = {row["id"]: row["reject"] for table in tables for row in table.to_pylist()}
     assert rejects == {str(n): "corrupt" if n == 7 else None for n in range(8)}
 
 
