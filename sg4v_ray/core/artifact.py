@@ -106,8 +106,8 @@ def identity(config: object, inputs: Mapping[str, str], attempts: tuple[str, ...
     Args:
         config: the stage's config; placement is not part of it.
         inputs: fingerprints of the input artifacts by `name@version`.
-        attempts: row folders. A second attempt changes rows, so what was built from the first
-            alone is out of date and has to notice.
+        attempts: row folders. A second attempt changes rows, so artifacts built from the first are
+            out of date; a new fingerprint makes their inputs differ.
     """
     parts: dict[str, Any] = {"config": identity_form(config), "inputs": dict(inputs)}
     if len(attempts) > 1:

@@ -70,7 +70,7 @@ class PartJob:
     """Decode tasks of one actor at once."""
 
 
-class RowBudget:
+class RowSemaphore:
     """A first-in first-out semaphore that counts rows. For one event loop."""
 
     def __init__(self, rows: int) -> None:
@@ -118,7 +118,7 @@ class PartActor(ABC):
     ) -> None:
         self._job, self._progress = job, progress
         self._name = str(ray.get_runtime_context().get_actor_id())
-        self._budget = RowBudget(rows_in_flight)
+        self._rows_in_flight = RowSemaphore(rows_in_flight)
         self._decoding = asyncio.Semaphore(job.decode_tasks)
         self._software = software_versions()
         self._schema = schema(job.record)
@@ -186,19 +186,19 @@ class PartActor(ABC):
 
     async def _process_slice(self, rows: pa.Table) -> pa.Table:
         held = len(rows)
-        await self._budget.acquire(held)
+        await self._rows_in_flight.acquire(held)
 
         def release_row() -> None:
             nonlocal held
             if held:  # rows of a slice that failed may end after it
                 held -= 1
-                self._budget.release(1)
+                self._rows_in_flight.release(1)
 
         try:
             # No variable here: `process` holds the only reference to the images.
             return self._as_record(await self.process(await self._decoded(rows), release_row))
         finally:
-            self._budget.release(held)
+            self._rows_in_flight.release(held)
             held = 0
 
     async def _decoded(self, rows: pa.Table) -> pa.Table:
@@ -281,7 +281,7 @@ def _report_start(progress: "ray.actor.ActorHandle[ProgressActor]", name: str) -
     death = None if previous is None else cause_of_death(previous.worker_id, previous.node_id)
     context = ray.get_runtime_context()
     life = Life(context.get_worker_id(), context.get_node_id())
-    ray.get(progress.starts.remote(name, life, death))
+    ray.get(progress.report_start.remote(name, life, death))
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, pa.Table]]) -> list[pa.Table]:

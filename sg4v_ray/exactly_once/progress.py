@@ -189,8 +189,8 @@ class ProgressActor:
         """See `CrashTracker.previous_life`."""
         return self._crashes.previous_life(engine)
 
-    def starts(self, engine: str, life: Life, previous_death: DeathCause | None) -> None:
-        """Record that an actor starts, and the death of its previous process."""
+    def report_start(self, engine: str, life: Life, previous_death: DeathCause | None) -> None:
+        """Record the start of an actor's process, and the death of its previous process."""
         self._crashes.started(engine, life, previous_death)
         now = time.monotonic()
         # Paid for from here on, while the weights are still being fetched.

@@ -8,24 +8,24 @@ import pyarrow as pa
 import pytest
 
 from sg4v_ray.exactly_once.capacity import rows_per_decode_task
-from sg4v_ray.exactly_once.part_actor import PartActor, RowBudget, without_images
+from sg4v_ray.exactly_once.part_actor import PartActor, RowSemaphore, without_images
 
 
-def run_all(budget: RowBudget, sizes: list[int]) -> tuple[int, list[int]]:
+def run_all(semaphore: RowSemaphore, sizes: list[int]) -> tuple[int, list[int]]:
     """Acquire all sizes at once; return the most rows held, and the order of the calls."""
     held = most = 0
     order: list[int] = []
 
     async def one(number: int, rows: int) -> None:
         nonlocal held, most
-        await budget.acquire(rows)
+        await semaphore.acquire(rows)
         order.append(number)
         held += rows
         most = max(most, held)
         for _ in range(number % 3 + 1):
             await asyncio.sleep(0)
         held -= rows
-        budget.release(rows)
+        semaphore.release(rows)
 
     async def all_of_them() -> None:
         await asyncio.gather(*(one(number, rows) for number, rows in enumerate(sizes)))
@@ -35,21 +35,21 @@ def run_all(budget: RowBudget, sizes: list[int]) -> tuple[int, list[int]]:
 
 
 def test_no_more_rows_are_held_than_the_budget_has() -> None:
-    budget = RowBudget(32)
-    most, order = run_all(budget, [16, 8, 16, 3, 32, 16, 1, 30])
+    semaphore = RowSemaphore(32)
+    most, order = run_all(semaphore, [16, 8, 16, 3, 32, 16, 1, 30])
     assert most <= 32
     assert order == sorted(order)
-    assert run_all(budget, [32])[1] == [0]  # everything was given back
+    assert run_all(semaphore, [32])[1] == [0]  # everything was given back
 
 
 def test_a_cancelled_request_gives_its_rows_to_the_next() -> None:
     async def cancel_the_first_waiter() -> None:
-        budget = RowBudget(4)
-        await budget.acquire(4)
-        waiting = [asyncio.ensure_future(budget.acquire(4)) for _ in range(2)]
+        semaphore = RowSemaphore(4)
+        await semaphore.acquire(4)
+        waiting = [asyncio.ensure_future(semaphore.acquire(4)) for _ in range(2)]
         await asyncio.sleep(0)
         waiting[0].cancel()
-        budget.release(4)
+        semaphore.release(4)
         await asyncio.wait_for(waiting[1], timeout=10)
         assert waiting[0].cancelled()
 
@@ -60,7 +60,7 @@ class OneRowFails(PartActor):
     """Raises for a slice while other rows of it are in process, and releases those later."""
 
     def __init__(self) -> None:  # no base: that reports to a cluster
-        self._budget = RowBudget(4)
+        self._rows_in_flight = RowSemaphore(4)
         self.late: list[Callable[[], None]] = []
 
     async def _decoded(self, rows: pa.Table) -> pa.Table:
@@ -78,7 +78,7 @@ def test_rows_of_a_failed_slice_are_released_once() -> None:
         asyncio.run(actor._process_slice(pa.table({"id": ["a", "b", "c"]})))
     for release_row in actor.late:
         release_row()
-    assert run_all(actor._budget, [2, 2, 2])[0] == 4, "the budget has as many rows as before"
+    assert run_all(actor._rows_in_flight, [2, 2, 2])[0] == 4, "as many as before"
 
 
 def test_rows_without_images_do_not_keep_the_object_that_had_them() -> None:
