@@ -247,16 +247,16 @@ def actors(bench: Settings) -> None:
         engine_cpus=1.0,
         progress=False,
     )
-    # 5 rows in its batch, 8 tokens each, all of them in a step of 1 s: 5 images a second.
+    # 8 rows in its batch, 8 tokens each, all of them in a step of 1.6 s: 5 images a second.
     engine = EngineConfig(
-        kind="fake", capacity=5, max_model_len=512, latency_s=1.0, tokens_per_step=8
+        kind="fake", capacity=8, max_model_len=512, latency_s=1.6, tokens_per_step=8
     )
     out = f"actors-{bench.actors}"
     stage = _stage(bench.root, engine, embedded.CAPTIONER, out, where)
     made = stage.step
     stage = replace(stage, step=lambda one: replace(made(one), actor=site.GenerateEqualLengths))
     start_ray(num_cpus=bench.actors + 3, log_to_driver=False)
-    batching = Batching(rows_per_part=100, rows_per_task=25)
+    batching = Batching(rows_per_part=160)
     stages.write_rows(stage, batching=batching, where=where)
     curve = curves(Storage(f"{bench.root}/{stage.out.path}"))[-1]
     ray.shutdown()
@@ -264,6 +264,6 @@ def actors(bench: Settings) -> None:
     # The second half without its end: until then actors still fill up, one after another.
     steady = full[len(full) // 2 : -max(1, len(full) // 8)]
     first, last = steady[0], steady[-1]
-    # Between the ends of two slices: rows are counted in slices of 5 s, a tenth of the window.
+    # Between the ends of two slices: rows are counted in slices.
     rate = (last["rows"] - first["rows"]) / (last["last_row_s"] - first["last_row_s"])
     say(part="actors", actors=bench.actors, images_per_s=round(rate, 3))

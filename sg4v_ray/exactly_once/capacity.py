@@ -65,11 +65,12 @@ def rows_per_decode_task(capacity: int, at_most: int) -> int:
     """Return the size of decode tasks that keeps an engine full with twice its capacity in flight.
 
     A task starts when all its rows fit, so it has at most half of the capacity: as many decoded
-    rows wait while it runs. Sizes from half the maximum to the maximum are compared; the one that
-    leaves the fewest of the rows in flight unused is taken.
+    rows wait while it runs. Sizes from half the maximum to the maximum are compared; the one with
+    the smallest remainder of the capacity is taken, because the remainder is not in flight when an
+    engine ends all its rows in the same step.
     """
     most = min(at_most, math.ceil(capacity / 2))
-    return min(range(math.ceil(most / 2), most + 1), key=lambda rows: (2 * capacity % rows, -rows))
+    return min(range(math.ceil(most / 2), most + 1), key=lambda rows: (capacity % rows, -rows))
 
 
 def decode_tasks_per_actor(where: Where, rows_in_flight: int, rows_per_task: int) -> int:
