@@ -6,6 +6,7 @@ by one stage is checked column by column when the next one reads it.
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterable
@@ -167,6 +168,7 @@ def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
     raise TypeError(f"no Arrow type for {annotation!r}")
 
 
+@functools.cache
 def schema(record: type) -> pa.Schema:
     """Return the Arrow schema of a record class."""
     hints = typing.get_type_hints(record)

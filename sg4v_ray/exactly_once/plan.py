@@ -338,8 +338,16 @@ def _part_block(part: Part, name: str) -> pa.Table:
 
 @contextmanager
 def plain_data() -> Iterator[None]:
-    """Hide Ray Data's own progress bars and keep the types of errors, for datasets made inside."""
-    with _context_fields(enable_progress_bars=False, raise_original_map_exception=True):
+    """Change Ray Data's settings for datasets made inside.
+
+    No progress bars of its own, errors with their types, and no poll of the memory of each actor:
+    once a second it walks all mappings of the process, which an engine has many of.
+    """
+    with _context_fields(
+        enable_progress_bars=False,
+        raise_original_map_exception=True,
+        memory_usage_poll_interval_s=None,
+    ):
         yield
 
 
