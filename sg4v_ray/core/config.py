@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 import enum
+import functools
 import hashlib
 import json
 import math
@@ -161,10 +162,15 @@ def _load_scalar(annotation: Any, data: Any, path: str) -> Any:
     return data
 
 
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _load_dataclass(cls: type, data: Any, path: str) -> Any:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path} must be a mapping of {cls.__name__}'s fields, got {data!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     given = {key: value for key, value in data.items() if key != "type"}
     for key in given:

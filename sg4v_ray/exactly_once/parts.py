@@ -14,13 +14,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import asdict, dataclass, field, replace
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sg4v_ray.core.config import load
+from sg4v_ray.core.errors import ConfigError
 from sg4v_ray.core.map_ahead import map_ahead
 from sg4v_ray.core.row_files import READ_THREADS, RowFile, RowIndex, hash_ids, read_tables
 from sg4v_ray.core.storage import Storage
@@ -168,7 +170,7 @@ def read_footer(folder: Storage, name: str, size_bytes: int | None = None) -> Pa
     stored = (metadata.metadata or {}).get(_METADATA)
     if stored is None:
         raise ValueError("it was not written as a part")
-    footer = _footer(json.loads(stored), size)
+    footer = _footer(stored, size)
     if footer.figures.rows != metadata.num_rows:
         raise ValueError(
             f"it has {metadata.num_rows} rows, its footer counts {footer.figures.rows}"
@@ -176,12 +178,14 @@ def read_footer(folder: Storage, name: str, size_bytes: int | None = None) -> Pa
     return footer
 
 
-def _footer(stored: dict[str, Any], size: int) -> PartFooter:
+def _footer(stored: bytes, size: int) -> PartFooter:
     try:
-        figures = PartFigures(**stored.pop("figures"))
-        return PartFooter(**stored, figures=figures, size_bytes=size)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"its part metadata is incomplete: {error}") from error
+        footer = load(PartFooter, json.loads(stored), path="its part metadata")
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its part metadata is not JSON: {error}") from error
+    return replace(footer, size_bytes=size)
 
 
 def _data_end(metadata: pq.FileMetaData) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sg4v_ray.core.records import ImageRow
@@ -182,6 +183,15 @@ def test_an_object_too_short_for_a_footer_is_damaged(tmp_path: Path, root: str, 
 def test_a_parquet_file_without_part_metadata_is_no_part(index: RowIndex, out: Storage) -> None:
     out.put(part_name(0), index.folder.get("a.parquet"))
     with pytest.raises(ValueError, match="was not written as a part"):
+        read_footer(out, part_name(0))
+
+
+@pytest.mark.parametrize("metadata", ["[]", '"text"', "{}", "null", '{"part": 0', '{"part": "0"}'])
+def test_part_metadata_of_another_form_is_damage(out: Storage, metadata: str) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"id": ["a"]}, metadata={"sg4v.part": metadata}), sink)
+    out.put(part_name(0), bytes(sink.getvalue()))
+    with pytest.raises(ValueError, match="its part metadata"):
         read_footer(out, part_name(0))
 
 
