@@ -51,6 +51,10 @@ def main(
     except Sg4vError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # the reader of stdout has ended, as `| head` does
+        # Python would flush stdout at its end and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except STORAGE_ERRORS as error:
         _log.debug("the traceback of the storage error", exc_info=True)
         text = first_line(getattr(error, "cause", error))  # Ray adds the traceback of a worker

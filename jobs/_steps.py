@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from sg4v_ray.captions import bulk, collect, score
-from sg4v_ray.core.artifact import Manifest
+from sg4v_ray.core.artifact import Manifest, find
 from sg4v_ray.core.where import Where
 from sg4v_ray.dataset import build, mixture
 from sg4v_ray.evaluation import run as evaluation
@@ -86,6 +86,7 @@ def train(step: TrainStep, where: Where) -> Manifest:
 
 def caption_images(step: CaptionStep, where: Where) -> Manifest:
     """Caption the images of a step; the embedded captioner is copied below the root first."""
+    find(where.storage, step.images)  # a wrong root must get no copy of the captioner
     if step.captioner == embedded.CAPTIONER:
         embedded.install_captioner(where.storage)
     return stage.write_rows(_captioning(step, where), batching=step.batching, where=where)

@@ -80,4 +80,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run, stopped="some objects were deleted; run again to delete the others")
+    main(run, stopped="objects that were deleted stay deleted; run again to delete the others")

@@ -25,4 +25,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, stopped="nothing was committed, run the same command again")

@@ -32,7 +32,7 @@ from sg4v_ray.core.errors import (
 )
 from sg4v_ray.core.identity import differences, identity_form, identity_keys, stored_identity_form
 from sg4v_ray.core.lease import Lease
-from sg4v_ray.core.row_files import RowFile
+from sg4v_ray.core.row_files import RowFile, RowIndex
 from sg4v_ray.core.storage import Storage
 
 MANIFEST = "manifest.json"
@@ -43,6 +43,10 @@ _SOFTWARE = ("sg4v-ray", "ray", "torch", "transformers", "deepspeed", "vllm", "v
 FORMAT = 2
 """Of new manifests. Format 1 (version 0.1) has no `files`, and `facts` and `made` instead of
 `metrics` and `provenance`."""
+_ANOTHER_VERSION = (
+    "Write it as another version (--out.version v2), or delete that folder if nothing in it is "
+    "wanted."
+)
 _RENAMED = {"facts": "metrics", "made": "provenance"}
 
 
@@ -88,6 +92,9 @@ class Manifest:
     """Row folders, oldest first; each id is read from the newest attempt that has it."""
     files: tuple[RowFile, ...] = ()
     """All row files, attempt by attempt, in the order of the index. Empty in format 1."""
+    index_sha256: str = ""
+    """`RowIndex.sha256` of the rows that the first attempt was made from. Empty in artifacts that
+    are not made from rows, and in those made before this field was added."""
     digests: dict[str, str] = field(default_factory=dict)
     """sha256 by file name, for artifacts that are folders of files."""
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -109,7 +116,14 @@ def identity(config: object, inputs: Mapping[str, str], attempts: tuple[str, ...
         attempts: row folders. A second attempt changes rows, so artifacts built from the first are
             out of date; a new fingerprint makes their inputs differ.
     """
-    parts: dict[str, Any] = {"config": identity_form(config), "inputs": dict(inputs)}
+    return fingerprint_of(identity_form(config), inputs, attempts)
+
+
+def fingerprint_of(
+    form: Mapping[str, Any], inputs: Mapping[str, str], attempts: tuple[str, ...] = ()
+) -> str:
+    """Return the fingerprint of an artifact whose config has this `identity_form`."""
+    parts: dict[str, Any] = {"config": form, "inputs": dict(inputs)}
     if len(attempts) > 1:
         parts["attempts"] = list(attempts)
     return fingerprint(parts)
@@ -121,12 +135,20 @@ def find(
     *,
     config: object | None = None,
     inputs: Mapping[str, str] | None = None,
+    index: RowIndex | None = None,
+    advice: str = _ANOTHER_VERSION,
 ) -> Manifest:
     """Open a finished artifact and, given a config, check that this config made it.
 
+    Args:
+        index: the rows that the artifact must be made from. A fingerprint is of configs: an index
+            that was deleted and made again has the same fingerprint and may have other rows.
+        advice: last sentence of the text of ArtifactDrift.
+
     Raises:
         ArtifactMissing: no manifest, so the job that writes it has not finished.
-        ArtifactCorrupt: its manifest belongs to an earlier artifact that was deleted.
+        ArtifactCorrupt: its manifest is damaged, or belongs to an artifact that was deleted.
+        ConfigError: a newer version of this package wrote it.
         ArtifactDrift: it was made from another config or from other inputs.
     """
     names = storage.list_folder(ref.path)
@@ -138,26 +160,39 @@ def find(
             advice = "Its job was started: run it again, finished work is kept."
         raise ArtifactMissing(f"{ref} is not finished: no {storage.uri(path)}. {advice}")
     newest = max(manifests, key=lambda one: (len(one), one))
-    manifest = _read(storage, newest)
+    manifest = _read(storage, ref, newest)
     if f"{ref.path}/{CONFIG}" in names:
         _check_pinned(storage, ref, newest, manifest)
     if config is not None:
         stored = {"config": manifest.identity or manifest.config, "inputs": manifest.inputs}
-        _check_same(storage, ref, stored, config, inputs or {})
+        _check_same(storage, ref, stored, config, inputs or {}, advice)
+    if index is not None and manifest.index_sha256 not in ("", index.sha256):
+        raise ArtifactDrift(
+            f"{ref} at {storage.uri(ref.path)} was made from other rows than "
+            f"{index.folder.root} has now: that folder was deleted and made again. {advice}"
+        )
     return manifest
 
 
 def is_finished(
-    storage: Storage, ref: Ref, *, config: object, inputs: Mapping[str, str] | None = None
+    storage: Storage,
+    ref: Ref,
+    *,
+    config: object,
+    inputs: Mapping[str, str] | None = None,
+    index: RowIndex | None = None,
 ) -> bool:
     """Return True if an artifact is committed.
 
+    Args:
+        index: the rows that it must be made from, see `find`.
+
     Raises:
-        ArtifactDrift: it is committed, but from another config.
+        ArtifactDrift: it is committed, but from another config or from other rows.
     """
     if not storage.exists(f"{ref.path}/{MANIFEST}"):
         return False
-    find(storage, ref, config=config, inputs=inputs)
+    find(storage, ref, config=config, inputs=inputs, index=index)
     return True
 
 
@@ -194,7 +229,7 @@ def begin(
     elif not home.create(CONFIG, _dump(record)):
         old = json.loads(home.get(CONFIG))
         stored = {"config": old.get("identity") or old["config"], "inputs": old["inputs"]}
-        _check_same(storage, ref, stored, config, inputs or {})
+        _check_same(storage, ref, stored, config, inputs or {}, _ANOTHER_VERSION)
     return home
 
 
@@ -218,14 +253,18 @@ def _check_pinned(storage: Storage, ref: Ref, path: str, manifest: Manifest) -> 
 
 
 def _check_same(
-    storage: Storage, ref: Ref, old: dict[str, Any], config: object, inputs: Mapping[str, str]
+    storage: Storage,
+    ref: Ref,
+    old: dict[str, Any],
+    config: object,
+    inputs: Mapping[str, str],
+    advice: str,
 ) -> None:
     new = {"config": config, "inputs": dict(inputs)}
     if difference := differences(old, new):
         raise ArtifactDrift(
             f"{ref} at {storage.uri(ref.path)} was made from another config "
-            f"({'; '.join(difference)}). Write it as another version (--out.version v2), or delete "
-            "that folder if nothing in it is wanted."
+            f"({'; '.join(difference)}). {advice}"
         )
 
 
@@ -239,6 +278,7 @@ def commit(
     lease: Lease,
     attempts: tuple[str, ...] = (),
     files: tuple[RowFile, ...] = (),
+    index_sha256: str = "",
     digests: dict[str, str] | None = None,
     metrics: dict[str, Any] | None = None,
     raised_limits: dict[str, dict[str, Any]] | None = None,
@@ -268,6 +308,7 @@ def commit(
         format=FORMAT,
         attempts=attempts,
         files=files,
+        index_sha256=index_sha256,
         digests=digests or {},
         metrics=metrics or {},
         raised_limits=raised_limits or {},
@@ -294,17 +335,41 @@ def manifest_name(attempts: int) -> str:
     return MANIFEST if attempts < 2 else f"manifest-{attempts:04d}.json"
 
 
-def _read(storage: Storage, path: str) -> Manifest:
-    data = {_RENAMED.get(key, key): value for key, value in json.loads(storage.get(path)).items()}
-    return load(Manifest, _drop_type(data), path=storage.uri(path))
+def _read(storage: Storage, ref: Ref, path: str) -> Manifest:
+    uri = storage.uri(path)
+    try:
+        data = json.loads(storage.get(path))
+    except ValueError as error:
+        raise _not_a_manifest(uri, f"it is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise _not_a_manifest(uri, "it is not a JSON object")
+    if isinstance(data.get("format"), int) and data["format"] > FORMAT:
+        raise ConfigError(
+            f"{uri} has format {data['format']}, this version reads formats up to {FORMAT}; "
+            "install the version of sg4v-ray that wrote it, or a later one"
+        )
+    try:
+        manifest = load(
+            Manifest, {_RENAMED.get(key, key): value for key, value in data.items()}, path=uri
+        )
+    except ConfigError as error:
+        raise _not_a_manifest(uri, str(error)) from error
+    if (manifest.name, manifest.version) != (ref.name, ref.version):
+        raise _not_a_manifest(uri, f"it is that of {manifest.name}@{manifest.version}")
+    if manifest.format > 1 and manifest.attempts and not manifest.files:
+        raise _not_a_manifest(uri, "it lists no row files")
+    return manifest
+
+
+def _not_a_manifest(uri: str, reason: str) -> ArtifactCorrupt:
+    return ArtifactCorrupt(
+        f"{uri} is not a manifest of its artifact: {reason.rstrip('.')}. Restore it from a copy, "
+        "or delete it and run the job again: committed parts are kept"
+    )
 
 
 def _dump(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _drop_type(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in data.items() if key != "type"}
 
 
 def software_versions() -> dict[str, str]:

@@ -4,6 +4,7 @@
 The order matters: byte limit, magic bytes, header, pixel limit, and only then the decoder.
 """
 
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 )
 _ORIENTATION = 0x0112
 # Source: EXIF 2.3, tag 274, and the names that Pillow has for what undoes each value.
+_MEMORY_OBJECT = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -116,7 +118,7 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image | Rejected:
         return Rejected(Reject.TOO_MANY_BYTES, f"{len(data)} bytes, limit {limits.max_bytes}")
     name = sniff(data)
     if name is None:
-        return Rejected(Reject.NOT_AN_IMAGE, f"starts with {data[:8]!r}")
+        return Rejected(Reject.NOT_AN_IMAGE, f"starts with the bytes {data[:8].hex(' ')}")
     if name not in FORMATS:
         return Rejected(Reject.FORMAT_NOT_ALLOWED, f"{name}; allowed: {', '.join(FORMATS)}")
     return _decode(data, name, limits)
@@ -139,7 +141,8 @@ def _decode(data: bytes, name: str, limits: ImageLimits) -> Image.Image | Reject
         return Rejected(Reject.TOO_MANY_PIXELS, str(error))
     except _DECODE_ERRORS as error:
         reason = Reject.TRUNCATED if _is_cut(data, name) else Reject.CORRUPT
-        return Rejected(reason, f"{name}: {error}")
+        # Pillow names the object in memory: another text in each run.
+        return Rejected(reason, f"{name}: {_MEMORY_OBJECT.sub('the image', str(error))}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

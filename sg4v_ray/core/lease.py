@@ -195,6 +195,12 @@ def may_follow(storage: Storage, path: str, timing: LeaseTiming) -> bool:
     return _stood_still(storage, path, timing)
 
 
+def _writer(storage: Storage, path: str) -> str:
+    claim = json.loads(storage.get(path))
+    machine = claim.get("machine", "").partition("/")[0]
+    return f"claim {_number(path)}, process {claim.get('pid', 'unknown')} on {machine or 'unknown'}"
+
+
 @contextmanager
 def hold(storage: Storage, *, timing: LeaseTiming | None = None) -> Iterator[Lease]:
     """Hold the right to write the artifact at `storage` for the length of a `with` block.
@@ -207,8 +213,8 @@ def hold(storage: Storage, *, timing: LeaseTiming | None = None) -> Iterator[Lea
     newest = max(map(_number, held), default=0)
     if held and not may_follow(storage, held[-1], timing):
         raise LeaseHeld(
-            f"another job is writing {storage.root} (claim {newest}). Wait for it or stop it; "
-            f"a dead job is detected after {timing.ttl_s:g} s."
+            f"another job is writing {storage.root} ({_writer(storage, held[-1])}). Wait for it or "
+            f"stop it; a dead job is detected after {timing.ttl_s:g} s."
         )
     lease = Lease(storage, newest + 1, timing)
     if not lease._claim():

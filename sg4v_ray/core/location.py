@@ -70,7 +70,7 @@ def parse(text: str) -> Location:
     if not _PLACE.fullmatch(place.uri):
         raise ContractError(
             f"{text!r} is no location of an image; write an absolute path or an http(s)://, "
-            "s3://, gs:// or az:// URI without control characters, or let index_images make it"
+            "s3://, gs:// or az:// URI. A file whose name has control characters must be renamed"
         )
     return place
 

@@ -104,6 +104,5 @@ class RejectBudget:
             f"{count} of {total} {what} ({count / total:.1%}), the budget is "
             f"{self.max_reject_rate:.1%}. Commonest: {reasons}{more}. Read the column "
             "reject_detail in the files below rows/. To accept these rejects, raise "
-            "--config.budget.max-reject-rate (--caption.config... of retry_rejects) and run again; "
-            "committed parts are kept."
+            "--config.budget.max-reject-rate and run again; committed parts are kept."
         )

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sg4v_ray.core.errors import ArtifactCorrupt
+from sg4v_ray.core.errors import ArtifactCorrupt, StorageError
 from sg4v_ray.core.map_ahead import map_ahead
 from sg4v_ray.core.storage import Storage
 
@@ -24,6 +24,10 @@ READ_THREADS: Final = 8
 """Files that are read at once. Each waits for a store most of its time."""
 INDEX: Final = "index.json"
 """The list of an index that belongs to an artifact, such as the sampled images of a collection."""
+_ADVICE: Final = (
+    "Restore it from a copy; `python -m jobs.verify` lists all damage of an artifact, and the way "
+    "without a copy"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,18 +102,19 @@ def read_table(folder: Storage, path: str, columns: Sequence[str] | None) -> pa.
     """Read some (None: all) columns of one Parquet file.
 
     Raises:
-        ArtifactCorrupt: the object is not a whole Parquet file.
-        StorageError: there is no such object.
+        ArtifactCorrupt: the object is missing, or is not a whole Parquet file.
     """
-    data = folder.get(path)
+    try:
+        data = folder.get(path)
+    except StorageError as error:
+        raise ArtifactCorrupt(f"{folder.uri(path)} is missing. {_ADVICE}") from error
     try:
         # Not pq.read_table: that plans a scan of a data set, a millisecond for each small file.
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         return file.read(columns=None if columns is None else list(columns), use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactCorrupt(
-            f"{folder.uri(path)} is not a whole Parquet file: {error}. Restore it from a copy, or "
-            "make its artifact again as another version (--out.version v2)"
+            f"{folder.uri(path)} is not a whole Parquet file: {error}. {_ADVICE}"
         ) from error
 
 
@@ -126,8 +131,8 @@ def read_tables(
         table = read_table(folder, file.path, columns)
         if len(table) != file.rows:
             raise ArtifactCorrupt(
-                f"{folder.uri(file.path)} has {len(table)} rows, its manifest lists {file.rows}; "
-                "restore it from a copy"
+                f"{folder.uri(file.path)} has {len(table)} rows, its manifest lists {file.rows}. "
+                f"{_ADVICE}"
             )
         return table
 

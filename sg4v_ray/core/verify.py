@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from obstore.exceptions import NotFoundError
 from tqdm import tqdm
 
-from sg4v_ray.core.artifact import CONFIG, Manifest, Ref, find
+from sg4v_ray.core.artifact import CONFIG, Manifest, Ref, find, fingerprint_of
 from sg4v_ray.core.errors import ArtifactCorrupt, ConfigError, StorageError
 from sg4v_ray.core.map_ahead import map_ahead
 from sg4v_ray.core.row_files import (
@@ -168,7 +168,7 @@ def verify(storage: Storage, ref: Ref, *, progress: bool = False) -> Receipt:
     started_s = time.monotonic()
     with reading(storage.root):
         name = newest_manifest(storage, ref)
-        manifest = _find(storage, ref, name)
+        manifest = find(storage, ref)
         return _verify(storage, ref, manifest, name, started_s, progress=progress)
 
 
@@ -177,6 +177,7 @@ def _verify(
 ) -> Receipt:
     artifact_dir = storage.sub(ref.path)
     problems: list[_Problem] = []
+    _check_fingerprint(manifest, name, problems)
     digests_bytes = _check_digests(artifact_dir, manifest, problems, progress=progress)
     files = _row_files(artifact_dir, manifest, problems)
     index = _find_index(storage, artifact_dir, manifest, files, problems)
@@ -187,7 +188,7 @@ def _verify(
     if not rows.unusable and (files or not manifest.digests):
         problems += differing
     if problems:
-        raise ArtifactCorrupt(_failure(storage, ref, problems))
+        raise ArtifactCorrupt(_failure(storage, ref, manifest, problems))
     return Receipt(
         artifact=str(ref),
         manifest=name,
@@ -208,14 +209,18 @@ def _verify(
     )
 
 
-def _find(storage: Storage, ref: Ref, name: str) -> Manifest:
-    try:
-        return find(storage, ref)
-    except (ValueError, ConfigError) as error:
-        raise ArtifactCorrupt(
-            f"{storage.uri(ref.path)}/{name} is not a manifest: {_first_line(error)}. Restore it "
-            "from a copy"
-        ) from error
+def _check_fingerprint(manifest: Manifest, name: str, problems: list[_Problem]) -> None:
+    """Compare the recorded fingerprint with that of the recorded identity and inputs."""
+    if not manifest.identity or manifest.raised_limits:
+        # Format 1 has no identity, and the fingerprint of a retry has the raised limits.
+        return
+    found = fingerprint_of(manifest.identity, manifest.inputs, manifest.attempts)
+    if found != manifest.fingerprint:
+        text = (
+            f"{name} has the fingerprint {manifest.fingerprint}, its identity and inputs have "
+            f"{found}."
+        )
+        problems.append(_Problem("fingerprint", text))
 
 
 def _compared_hashes(manifest: Manifest, files: Sequence[RowFile]) -> str:
@@ -271,8 +276,8 @@ def reading(uri: str) -> Iterator[None]:
         yield
     except STORAGE_ERRORS as error:
         raise StorageError(
-            f"{uri} cannot be read: {_first_line(error)}. Check the path, the disk or the "
-            "network, and the credentials; then run again"
+            f"{uri} cannot be read or written: {_first_line(error)}. Check the path, the disk or "
+            "the network, and the credentials; then run again"
         ) from error
 
 
@@ -758,7 +763,7 @@ def _ref(text: str) -> Ref | None:
         return None
 
 
-def _failure(storage: Storage, ref: Ref, problems: list[_Problem]) -> str:
+def _failure(storage: Storage, ref: Ref, manifest: Manifest, problems: list[_Problem]) -> str:
     """Return the text of all problems: the first of each kind, then others."""
     first: dict[str, _Problem] = {}
     for one in problems:
@@ -768,13 +773,19 @@ def _failure(storage: Storage, ref: Ref, problems: list[_Problem]) -> str:
     lines = [one.text for one in listed]
     if more := len(problems) - len(listed):
         lines.append(f"There are {more} more problems.")
+    advice = "make the artifact again as another version (--out.version v2)"
+    if manifest.format > 1 and _FIRST_ATTEMPT in manifest.attempts:
+        advice = (
+            f"delete the damaged row files and each manifest*.json in {storage.uri(ref.path)}, "
+            "then run its job and its retries again: only deleted parts are made again"
+        )
     return "\n  ".join(
         [
             f"{ref} at {storage.uri(ref.path)} is not as its manifest lists it "
             f"({len(problems)} problem{'s' if len(problems) > 1 else ''}):",
             *lines,
-            "Restore the named files from a copy and verify again. Without a copy, make the "
-            "artifact again as another version (--out.version v2), and all artifacts made from it.",
+            f"Restore the named files from a copy and verify again. Without a copy, {advice}. "
+            "Artifacts made from it have the old rows.",
         ]
     )
 

@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from sg4v_ray.core import observe
-from sg4v_ray.core.errors import LeaseLost, MoneySpent, Sg4vError
+from sg4v_ray.core.errors import LeaseLost, MoneySpent, Sg4vError, StorageError
 from sg4v_ray.core.lease import Lease
 from sg4v_ray.core.rejects import RejectBudget
 from sg4v_ray.core.storage import STORAGE_ERRORS, Storage
@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 STATUS = "status.json"
 _CURVES = "curves"
+_COMMITTING = "committing"
 _TERMINAL_S, _FILE_S = 0.5, 15.0
 _STATUS_S = 5.0
 _NAMED_REASONS = 3
@@ -58,13 +59,14 @@ class Status:
     """The content of `status.json` in the folder of an artifact."""
 
     state: str
-    """`in batches` (a teacher's), `running`, `stopped` (resumable) or `finished`."""
+    """`in batches` (a teacher's), `running`, `committing` (all rows are written, the manifest is
+    not), `stopped` (resumable) or `finished`."""
     updated: str
     done: int
     """Finished rows; a kill loses those of parts that are not committed yet."""
     total: int
     rejected: dict[str, int]
-    """Rejected rows of this run by reason."""
+    """Rejected rows by reason: of this run, and of all rows once the state is `finished`."""
     rows_per_s: float
     """Mean of the last two minutes."""
     tokens_per_s: float | None
@@ -123,6 +125,8 @@ class JobMonitor:
             initial=done,
             desc=name,
             unit="row",
+            # Not tqdm's rate and ETA: these count the time in which the engines start.
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             file=sys.stderr,
             dynamic_ncols=True,
             disable=not where.progress,
@@ -169,7 +173,7 @@ class JobMonitor:
         self._note(progress, now)
         if state != "running" or sys.stderr.isatty() or now - self._drawn_s >= _FILE_S:
             self._drawn_s = now
-            self._draw(progress)
+            self._draw(progress, now)
         # Before the write: a writer that was suspended and overtaken must not replace the status.
         try:
             self._lease.check()
@@ -203,10 +207,14 @@ class JobMonitor:
     def _left(self, progress: Progress) -> int:
         return max(0, self._total - self._done - progress.rows)
 
-    def _draw(self, progress: Progress) -> None:
-        seconds = self._bar.format_dict["elapsed"]
-        rate = progress.tokens / seconds if seconds else 0.0
-        text = f"{rate:.0f} tokens/s, {progress.rejects.total()} rejected"
+    def _draw(self, progress: Progress, now: float) -> None:
+        rows_per_s, tokens_per_s = self._rates(progress, now)
+        if not rows_per_s:
+            text = f"{progress.ready_actors} of {progress.actors} started actors ready"
+        else:
+            eta = tqdm.format_interval(self._left(progress) / rows_per_s)
+            text = f"ETA {eta}, {rows_per_s:.2f} rows/s, {tokens_per_s:.0f} tokens/s"
+        text += f", {progress.rejects.total()} rejected"
         if progress.rejects:
             common = progress.rejects.most_common(_NAMED_REASONS)
             text += f" ({', '.join(f'{count} {reason}' for reason, count in common)})"
@@ -225,11 +233,17 @@ class JobMonitor:
         while len(self._recent) > 2 and self._recent[1][0] < now - _RATE_S:
             self._recent.popleft()
 
-    def status(self, progress: Progress, state: str, now: float) -> Status:
-        """Return the present status."""
+    def _rates(self, progress: Progress, now: float) -> tuple[float, float]:
+        """Return rows and tokens per second, means of the last two minutes."""
         since, rows, tokens = self._recent[0]
         seconds = now - since
-        rate = (progress.rows - rows) / seconds if seconds > 0 else 0.0
+        if seconds <= 0:
+            return 0.0, 0.0
+        return (progress.rows - rows) / seconds, (progress.tokens - tokens) / seconds
+
+    def status(self, progress: Progress, state: str, now: float) -> Status:
+        """Return the present status."""
+        rate, tokens_per_s = self._rates(progress, now)
         left = self._left(progress)
         usd_so_far, usd_expected = self._usd(progress)
         return Status(
@@ -239,7 +253,7 @@ class JobMonitor:
             total=self._total,
             rejected=dict(sorted(progress.rejects.items())),
             rows_per_s=round(rate, 2),
-            tokens_per_s=round((progress.tokens - tokens) / seconds, 1) if seconds > 0 else 0.0,
+            tokens_per_s=round(tokens_per_s, 1),
             eta_s=round(left / rate, 1) if rate else None,
             actors=progress.actors,
             ready_actors=progress.ready_actors,
@@ -251,9 +265,7 @@ class JobMonitor:
 
     def _write(self, progress: Progress, state: str, now: float) -> None:
         status = self.status(progress, state, now)
-        self._artifact_dir.put(
-            STATUS, (json.dumps(dataclasses.asdict(status), indent=1) + "\n").encode()
-        )
+        _put_status(self._artifact_dir, dataclasses.asdict(status))
         seconds = round(now - self._started_s, 1)
         self._curve.append(
             {
@@ -347,9 +359,78 @@ def curves(artifact_dir: Storage) -> list[list[dict[str, Any]]]:
 
 
 def _spent_by_earlier_runs(artifact_dir: Storage) -> float:
+    return float(_last_status(artifact_dir).get("usd_so_far") or 0.0)
+
+
+def _last_status(artifact_dir: Storage) -> dict[str, Any]:
+    """Return the content of `status.json`, which an earlier version may have written.
+
+    Raises:
+        StorageError: it is damaged, so the cost of earlier runs is unknown.
+    """
     if not artifact_dir.exists(STATUS):
-        return 0.0
-    return float(json.loads(artifact_dir.get(STATUS)).get("usd_so_far") or 0.0)
+        return {}
+    try:
+        status = json.loads(artifact_dir.get(STATUS))
+    except ValueError:
+        status = None
+    if not isinstance(status, dict):
+        raise StorageError(
+            f"{artifact_dir.uri(STATUS)} is damaged, and it holds the cost of earlier runs; delete "
+            "it and run again, the cost then counts from 0"
+        )
+    return status
+
+
+def put_final_status(artifact_dir: Storage, counts: Mapping[str, int]) -> None:
+    """Write the `status.json` of a committed artifact.
+
+    Args:
+        counts: of the manifest.
+    """
+    before = _last_status(artifact_dir)
+    status = Status(
+        state="finished",
+        updated=datetime.now(UTC).isoformat(timespec="seconds"),
+        done=counts["rows"],
+        total=counts["rows"],
+        rejected={
+            name.removeprefix("rejected_"): count
+            for name, count in counts.items()
+            if name.startswith("rejected_") and count
+        },
+        rows_per_s=before.get("rows_per_s", 0.0),
+        tokens_per_s=before.get("tokens_per_s"),
+        eta_s=0.0,
+        actors=0,
+        ready_actors=0,
+        queue=0,
+        engine_busy_rate=0.0,
+        usd_so_far=before.get("usd_so_far"),
+        usd_expected=before.get("usd_so_far"),
+    )
+    _put_status(artifact_dir, dataclasses.asdict(status))
+
+
+@contextmanager
+def stopped_on_error(artifact_dir: Storage, lease: Lease) -> Iterator[None]:
+    """Set the state `committing` to `stopped` if the block ends without a commit."""
+    try:
+        yield
+    except BaseException:
+        try:
+            lease.check()
+            status = _last_status(artifact_dir)
+            if status.get("state") == _COMMITTING:
+                _put_status(artifact_dir, {**status, "state": "stopped"})
+        except (*STORAGE_ERRORS, Sg4vError) as error:
+            # Not raised: it would replace the error that ended the job.
+            _log.warning("%s in %s is out of date: %s", STATUS, artifact_dir.root, error)
+        raise
+
+
+def _put_status(artifact_dir: Storage, status: dict[str, Any]) -> None:
+    artifact_dir.put(STATUS, (json.dumps(status, indent=1) + "\n").encode())
 
 
 @contextmanager
@@ -388,7 +469,7 @@ def monitored(
     state = "stopped"
     try:
         yield monitor
-        state = "finished"
+        state = _COMMITTING
     finally:
         monitor.close(state=state)
         ray.kill(progress)

@@ -21,6 +21,7 @@ from sg4v_ray.core.rows import row_files, rows_by_file
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.exactly_once.config import MODEL_FOLDER, Batching
+from sg4v_ray.exactly_once.monitor import put_final_status, stopped_on_error
 from sg4v_ray.exactly_once.plan import ActorStep, Attempt, attempt_folder, run
 
 _SELECTION: Final = "reasons.json"
@@ -51,7 +52,8 @@ def write_rows(stage: Stage, *, batching: Batching, where: Where) -> Manifest:
     """Write the artifact of a stage; open it if it is finished, resume it if it was started.
 
     Raises:
-        ArtifactDrift: it was started from another identity or other inputs.
+        ArtifactDrift: it was started from another identity or other inputs, or finished from an
+            index that was made again with other rows since.
         LeaseHeld: another driver is writing it.
         ArtifactCorrupt: parts stay damaged after several rounds.
         ConfigError: the index has no rows, or the cluster is too small.
@@ -66,12 +68,12 @@ def write_rows(stage: Stage, *, batching: Batching, where: Where) -> Manifest:
             f"{stage.out} would have no rows, because {', '.join(stage.inputs)} has none to "
             "process; check that its rows are not all rejected"
         )
-    if is_finished(storage, stage.out, config=stage.identity, inputs=stage.inputs):
+    if _is_finished(storage, stage):
         return find(storage, stage.out)
     artifact_dir = begin(storage, stage.out, stage.identity, inputs=stage.inputs)
     with hold(artifact_dir) as lease:
         # Again under the lease: another driver may have committed since the first check.
-        if is_finished(storage, stage.out, config=stage.identity, inputs=stage.inputs):
+        if _is_finished(storage, stage):
             return find(storage, stage.out)
         attempt = Attempt(
             artifact_dir=artifact_dir,
@@ -79,7 +81,10 @@ def write_rows(stage: Stage, *, batching: Batching, where: Where) -> Manifest:
             index=stage.index,
             identity=identity(stage.identity, stage.inputs),
         )
-        return _first_attempt(stage, attempt, lease, batching=batching, where=where)
+        with stopped_on_error(artifact_dir, lease):
+            manifest = _first_attempt(stage, attempt, lease, batching=batching, where=where)
+        put_final_status(artifact_dir, manifest.counts)
+        return manifest
 
 
 def retry_rejects(
@@ -95,10 +100,10 @@ def retry_rejects(
 
     Raises:
         ArtifactMissing: the first attempt is not finished.
-        ArtifactDrift: it was made from another identity or other inputs.
-        ConfigError: no row was rejected for these reasons, or a retry for others was started.
+        ArtifactDrift: it was made from another identity, other inputs or other rows.
+        ConfigError: no row was rejected for these reasons, a retry for others was started, or a
+            limit is lower than in the first attempt.
         LeaseHeld: another driver is writing it.
-        TooManyRejects: the budget is exceeded also with the new rows.
     """
     storage = where.storage
     find(storage, stage.out)
@@ -115,7 +120,22 @@ def retry_rejects(
             index=index,
             identity=fingerprint([earlier.fingerprint, number, raised]),
         )
-        return _retry(stage, attempt, earlier, raised, lease, batching=batching, where=where)
+        with stopped_on_error(artifact_dir, lease):
+            manifest = _retry(
+                stage, attempt, earlier, raised, lease, batching=batching, where=where
+            )
+        put_final_status(artifact_dir, manifest.counts)
+        return manifest
+
+
+def _is_finished(storage: Storage, stage: Stage) -> bool:
+    return is_finished(
+        storage,
+        stage.out,
+        config=stage.identity,
+        inputs=stage.inputs,
+        index=stage.index,
+    )
 
 
 def _first_attempt(
@@ -140,6 +160,7 @@ def _first_attempt(
         counts=_counts(rows, tokens if _has_tokens(stage) else None, checked.rejects),
         attempts=(attempt_folder(1),),
         files=_below(attempt_folder(1), checked.files),
+        index_sha256=stage.index.sha256,
         metrics=dataclasses.asdict(speed) | stage.metrics(),
         lease=lease,
         software=checked.software,
@@ -167,8 +188,7 @@ def _retry(
     )
     merged = dataclasses.replace(earlier, format=2, attempts=attempts, files=files)
     rows, tokens, rejects = _outcome(attempt.artifact_dir, merged, _has_tokens(stage))
-    # The rows of a retry were all rejected before, so the budget counts all rows of the artifact.
-    stage.budget.check(rejected=rejects, total=rows)
+    # No reject budget: every row of a retry was rejected before, so no retry makes it worse.
     return commit(
         where.storage,
         stage.out,
@@ -178,6 +198,7 @@ def _retry(
         counts=_counts(rows, tokens, rejects),
         attempts=attempts,
         files=files,
+        index_sha256=earlier.index_sha256,
         # The speed of a few difficult rows is not the speed of the job.
         metrics=earlier.metrics | stage.metrics(),
         raised_limits=earlier.raised_limits | ({folder: raised} if raised else {}),
@@ -229,6 +250,7 @@ def _finished_but_for_limits(storage: Storage, stage: Stage) -> tuple[Manifest, 
 
     Raises:
         ArtifactDrift: something else differs.
+        ConfigError: a limit is lower.
     """
     earlier = find(storage, stage.out)
     config, raised = to_plain(stage.identity), {}
@@ -237,10 +259,24 @@ def _finished_but_for_limits(storage: Storage, stage: Stage) -> tuple[Manifest, 
         new, old = config, earlier.config
         for key in parents:
             new, old = new[key], old[key]
+        if name in old and new[name] < old[name]:
+            raise ConfigError(
+                f"{name} is {new[name]}, {stage.out} was made with {old[name]}; a retry may raise "
+                "this limit and not lower it"
+            )
         if name in old and new[name] > old[name]:
             raised[path] = new[name]
             new[name] = old[name]
-    return find(storage, stage.out, config=config, inputs=stage.inputs), raised
+    limits = ", ".join(one.rpartition(".")[2] for one in stage.retry_limits) or "none"
+    same = find(
+        storage,
+        stage.out,
+        config=config,
+        inputs=stage.inputs,
+        index=stage.index,
+        advice=f"A retry takes the config of the first attempt; it may raise limits ({limits}).",
+    )
+    return same, raised
 
 
 def _is_done(artifact_dir: Storage, earlier: Manifest, reasons: tuple[str, ...]) -> bool:

@@ -30,8 +30,8 @@ class EngineConfig:
     tokens_per_step: int = 1
     """FakeEngine only: tokens of a row that a decode step makes."""
     poison: int | None = None
-    """FakeEngine only: an image whose first byte is this ends the process, as an image does that
-    makes a real engine crash."""
+    """FakeEngine only: an image whose first pixel value (0 to 255) is this ends the process, as
+    an image does that makes a real engine crash."""
 
     def __post_init__(self) -> None:
         if self.capacity < 1:

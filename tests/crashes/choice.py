@@ -57,7 +57,9 @@ def _moments_for(victim: str, trace: list[Moment]) -> set[Moment]:
     return {
         one
         for one in found
-        if one.number == 1 or not any(name in one.request.kind for name in _BY_CLOCK)
+        # A request of an unknown process cannot be found again in another run.
+        if one.request.role != "other"
+        and (one.number == 1 or not any(name in one.request.kind for name in _BY_CLOCK))
     }
 
 

@@ -101,7 +101,8 @@ class Controller:
 
     def processes(self) -> list[int]:
         """Return the driver and the workers, which send the requests."""
-        run = self.run
+        with self._lock:  # not before the driver of a new run is known
+            run = self.run
         return [*([run.driver] if run else []), *children(self.raylet)]
 
     @contextmanager

@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -66,7 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         operation, path = _named(self.command, self.path, "if-none-match" in self.headers)
         controller = self.server.controller
-        self._pid = self._pid or _pid_behind(self.client_address[1], controller.processes())
+        ports = self.client_address[1], self.server.server_address[1]
+        self._pid = self._pid or _pid_behind(*ports, controller.processes())
         report = controller.report
         report(path, self._pid, operation, "before")
         with self.server.writing:
@@ -106,21 +108,30 @@ def _named(command: str, target: str, is_conditional: bool) -> tuple[str, str]:
     return {"GET": "get", "HEAD": "head"}.get(command, command.lower()), path
 
 
-def _pid_behind(port: int, pids: Iterable[int]) -> int:
-    """Return the process that holds the client's end of a connection; 0 if it is gone."""
+def _pid_behind(client_port: int, proxy_port: int, pids: Iterable[int]) -> int:
+    """Return the process that holds the client's end of a connection; 0 if it is gone.
+
+    Connections to other servers, closed ones among them, may have the same client port.
+    """
     inode = ""
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
-        if int(fields[1].rpartition(":")[2], 16) == port:
+        if (_port(fields[1]), _port(fields[2])) == (client_port, proxy_port):
             inode = fields[9]
             break
-    wanted = f"socket:[{inode}]"
-    for pid in pids:
-        folder = f"/proc/{pid}/fd"
-        try:
-            for handle in os.listdir(folder):
-                if os.readlink(f"{folder}/{handle}") == wanted:
-                    return pid
-        except OSError:
-            continue
-    return 0
+    return next((pid for pid in pids if f"socket:[{inode}]" in _open_files(pid)), 0)
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2], 16)
+
+
+def _open_files(pid: int) -> set[str]:
+    folder, found = f"/proc/{pid}/fd", set()
+    try:
+        for handle in os.listdir(folder):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found.add(os.readlink(f"{folder}/{handle}"))
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return set()
+    return found

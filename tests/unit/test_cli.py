@@ -2,6 +2,7 @@
 """The command line is made from recipes, and refuses what cannot work before any work."""
 
 import errno
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -69,6 +70,19 @@ def test_a_storage_error_ends_a_job_with_one_sentence(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("StorageError: ")
     assert line.endswith("committed work is kept, run the same command again to resume")
+
+
+def test_a_reader_that_ends_early_ends_a_job_without_a_word() -> None:
+    script = "from jobs._cli import main; main(lambda: [print('x' * 99) for _ in range(100_000)])"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as job:
+        assert job.stdout is not None
+        assert job.stderr is not None
+        job.stdout.readline()
+        job.stdout.close()
+        assert job.stderr.read() == b""
+    assert job.returncode == 128 + signal.SIGPIPE
 
 
 def test_the_listing_has_a_line_for_every_verb_and_recipe() -> None:

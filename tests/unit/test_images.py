@@ -100,6 +100,17 @@ def test_damage_inside_a_complete_file_is_corrupt_not_truncated() -> None:
     assert found.reason is Reject.CORRUPT
 
 
+def test_details_of_rejects_are_equal_in_each_run_and_printable() -> None:
+    details = []
+    for data in (b"\x89PNG\r\n\x1a\n" + bytes(40), b"]\xcd\x00text"):
+        first, second = (open_image(data, ImageLimits()) for _ in range(2))
+        assert isinstance(first, Rejected)
+        assert first == second
+        details.append(first.detail)
+    assert "0x" not in details[0]
+    assert details[1] == "starts with the bytes 5d cd 00 74 65 78 74"
+
+
 def test_the_byte_limit_comes_before_everything() -> None:
     found = open_image(b"\xff\xd8\xff" + b"0" * 100, ImageLimits(max_bytes=50))
     assert isinstance(found, Rejected)

@@ -570,12 +570,43 @@ def test_format_1_has_no_hashes_and_no_order(storage: Storage) -> None:
     ) in lines
 
 
-@pytest.mark.parametrize("data", [b"", b'{"name": ', b"{}", b'{"nam": 1}', b"\xff"])
+@pytest.mark.parametrize("data", [b"", b'{"name": ', b"{}", b"[]", b'{"nam": 1}', b"\xff"])
 def test_a_damaged_manifest_is_named(storage: Storage, data: bytes) -> None:
     place = place_of(storage, "manifest.json")
     place.write_bytes(data)
-    with pytest.raises(ArtifactCorrupt, match=f"{place} is not a manifest: .*Restore it from a co"):
+    with pytest.raises(ArtifactCorrupt, match=f"{place} is not a manifest of .*Restore it from"):
         verify(storage, CAPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("name", "pictures", "it is that of pictures@v1. Restore it"),
+        ("files", [], "it lists no row files. Restore it"),
+    ],
+)
+def test_a_manifest_of_another_artifact_or_without_files_is_refused(
+    storage: Storage, key: str, value: object, sentence: str
+) -> None:
+    with edit_manifest(storage) as manifest:
+        manifest[key] = value
+    with pytest.raises(ArtifactCorrupt, match=sentence):
+        verify(storage, CAPTIONS)
+
+
+def test_a_manifest_of_a_newer_format_is_not_read(storage: Storage) -> None:
+    with edit_manifest(storage) as manifest:
+        manifest |= {"format": 3, "new_field": 1}
+    with pytest.raises(ConfigError, match=r"has format 3, this version reads formats up to 2; ins"):
+        verify(storage, CAPTIONS)
+
+
+def test_a_changed_fingerprint_is_found(storage: Storage) -> None:
+    with edit_manifest(storage) as manifest:
+        found, manifest["fingerprint"] = manifest["fingerprint"], "0" * 16
+    assert problems_of(storage) == [
+        f"manifest.json has the fingerprint {'0' * 16}, its identity and inputs have {found}."
+    ]
 
 
 def test_a_file_outside_the_attempts_is_named(storage: Storage) -> None:
@@ -616,7 +647,9 @@ def test_a_disk_that_fails_is_no_damaged_artifact(
         return get(self, path)
 
     monkeypatch.setattr(Storage, "get", fails)
-    with pytest.raises(StorageError, match=r"000003.parquet cannot be read: Input/output error\. "):
+    with pytest.raises(
+        StorageError, match=r"000003.parquet cannot be read or written: Input/output error\. "
+    ):
         verify(storage, CAPTIONS)
 
 

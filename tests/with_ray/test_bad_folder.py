@@ -5,10 +5,12 @@ The fake engine's captions depend on the pixels it is given, so equal captions m
 would have seen equal pixels.
 """
 
+import json
 import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,9 @@ from sg4v_ray.core.lease import hold
 from sg4v_ray.core.records import CaptionRow
 from sg4v_ray.core.rejects import Reject, RejectBudget
 from sg4v_ray.core.rows import read_rows
+from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.monitor import STATUS
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.recipes.catalogue import RECIPES
 from sg4v_ray.recipes.line import CaptionStep
@@ -115,6 +119,11 @@ def test_good_files_are_captioned_upright_and_bad_ones_say_why(
     assert manifest.counts["rejected"] == len(REJECTED)
 
 
+def status_of(artifact_dir: Storage) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads(artifact_dir.get(STATUS))
+    return status
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_past_the_reject_budget_the_job_fails_and_keeps_the_rows(
     step: tuple[CaptionStep, Where],
@@ -126,9 +135,14 @@ def test_past_the_reject_budget_the_job_fails_and_keeps_the_rows(
     home = where.storage.sub(caption.out.path)
     assert any(path.endswith(".parquet") for path in home.list("rows"))
     assert not home.exists("manifest.json")
+    assert status_of(home)["state"] == "stopped"
     written = list(home.list("rows"))
     accepted = _steps.caption_images(caption, where)  # the same step with a larger budget
     assert accepted.counts["rejected"] == 4
+    # No row was left to do: the figures are of the artifact and not of the last run.
+    status = status_of(home)
+    assert (status["state"], status["done"], status["queue"]) == ("finished", 11, 0)
+    assert sum(status["rejected"].values()) == 4
     assert list(home.list("rows")) == written
 
 

@@ -15,12 +15,19 @@ from PIL import Image
 
 from jobs import _steps
 from sg4v_ray.captions.quality import QualityConfig
-from sg4v_ray.core.errors import ArtifactDrift, ArtifactMissing, ConfigError, TooManyRejects
+from sg4v_ray.core.errors import (
+    ArtifactCorrupt,
+    ArtifactDrift,
+    ArtifactMissing,
+    ConfigError,
+    TooManyRejects,
+)
 from sg4v_ray.core.images import ImageLimits
 from sg4v_ray.core.records import CaptionRow, ImageRow
 from sg4v_ray.core.rejects import Reject, RejectBudget
 from sg4v_ray.core.rows import read_rows
 from sg4v_ray.core.storage import Storage
+from sg4v_ray.core.verify import manifest_names, verify
 from sg4v_ray.core.where import Where
 from sg4v_ray.exactly_once.config import Batching
 from sg4v_ray.inference.open import EngineConfig
@@ -115,6 +122,43 @@ def test_rejects_are_tried_again_by_reason_and_the_newest_answer_counts(
     assert rows["1.png"].text
     assert rows["2.png"].reject == Reject.NOT_AN_IMAGE
     assert _steps.caption_images(step, where) == second  # finished: opened and not made again
+    strict = replace(step, config=replace(step.config, budget=RejectBudget(max_reject_rate=0)))
+    third = _steps.retry_rejects(strict, ("not_an_image",), where)  # a retry has no budget
+    assert third.counts["rejected"] == 1
+
+    # Without a copy of a lost part: the advice of `verify`.
+    folder = where.storage.sub(step.out.path)
+    folder.delete("rows/attempt-0001/part-000000.parquet")
+    with pytest.raises(ArtifactCorrupt, match=r"delete the damaged row files and each manifest"):
+        verify(where.storage, step.out)
+    with pytest.raises(ArtifactCorrupt, match=r"part-000000.parquet is missing. .* jobs.verify"):
+        captions(where, step)
+    for name in manifest_names(where.storage, step.out):
+        folder.delete(name)
+    files[1].unlink()  # the lost rows are made again from the same images
+    _steps.caption_images(step, where)
+    for reason in ("missing", "not_an_image"):
+        _steps.retry_rejects(step, (reason,), where)
+    assert verify(where.storage, step.out).counts == third.counts
+
+
+def test_rows_that_were_added_to_an_index_made_again_are_not_left_out_silently(
+    where: Where, tmp_path: Path
+) -> None:
+    files = [plain(tmp_path / f"{n}.png", n) for n in range(3)]
+    index(where, files[:2])
+    step = captioning()
+    _steps.caption_images(step, where)
+    where.storage.delete(step.images.path)
+    index(where, files)
+    for again in (
+        lambda: _steps.caption_images(step, where),
+        lambda: _steps.retry_rejects(step, (), where),
+    ):
+        with pytest.raises(
+            ArtifactDrift, match=r"made from other rows than .*/test-images/v1 has now"
+        ):
+            again()
 
 
 def test_a_retry_may_raise_a_limit_and_records_it(where: Where, tmp_path: Path) -> None:
@@ -127,8 +171,11 @@ def test_a_retry_may_raise_a_limit_and_records_it(where: Where, tmp_path: Path) 
     with pytest.raises(ArtifactDrift, match=r"max_pixels: 1000000 there, 2000000 here"):
         _steps.caption_images(higher, where)
     other = replace(higher, config=replace(higher.config, geometry="square"))
-    with pytest.raises(ArtifactDrift, match="geometry"):
+    with pytest.raises(ArtifactDrift, match=r"geometry.*may raise limits \(max_"):
         _steps.retry_rejects(other, (), where)
+    few = replace(step, config=replace(step.config, images=replace(images, max_pixels=9)))
+    with pytest.raises(ConfigError, match=r"max_pixels is 9, .* with 1000000; a retry may raise"):
+        _steps.retry_rejects(few, (), where)
     done = _steps.retry_rejects(higher, ("too_many_pixels",), where)
     assert done.counts["rejected"] == 0
     limits = {"captions.images.max_pixels": 2_000_000}
