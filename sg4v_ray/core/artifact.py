@@ -343,15 +343,17 @@ def _read(storage: Storage, ref: Ref, path: str) -> Manifest:
         raise _not_a_manifest(uri, f"it is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise _not_a_manifest(uri, "it is not a JSON object")
+    data = {_RENAMED.get(key, key): value for key, value in data.items() if key != "type"}
+    unknown = sorted(data.keys() - {one.name for one in dataclasses.fields(Manifest)})
+    newer = f"fields that this version does not know ({', '.join(unknown)})" if unknown else ""
     if isinstance(data.get("format"), int) and data["format"] > FORMAT:
+        newer = f"format {data['format']}, this version reads formats up to {FORMAT}"
+    if newer and "fingerprint" in data:
         raise ConfigError(
-            f"{uri} has format {data['format']}, this version reads formats up to {FORMAT}; "
-            "install the version of sg4v-ray that wrote it, or a later one"
+            f"{uri} has {newer}; install the version of sg4v-ray that wrote it, or a later one"
         )
     try:
-        manifest = load(
-            Manifest, {_RENAMED.get(key, key): value for key, value in data.items()}, path=uri
-        )
+        manifest = load(Manifest, data, path=uri)
     except ConfigError as error:
         raise _not_a_manifest(uri, str(error)) from error
     if (manifest.name, manifest.version) != (ref.name, ref.version):
@@ -364,7 +366,7 @@ def _read(storage: Storage, ref: Ref, path: str) -> Manifest:
 def _not_a_manifest(uri: str, reason: str) -> ArtifactCorrupt:
     return ArtifactCorrupt(
         f"{uri} is not a manifest of its artifact: {reason.rstrip('.')}. Restore it from a copy, "
-        "or delete it and run the job again: committed parts are kept"
+        "or delete it and run its job again, which keeps committed rows"
     )
 
 

@@ -594,10 +594,19 @@ def test_a_manifest_of_another_artifact_or_without_files_is_refused(
         verify(storage, CAPTIONS)
 
 
-def test_a_manifest_of_a_newer_format_is_not_read(storage: Storage) -> None:
+@pytest.mark.parametrize(
+    ("added", "sentence"),
+    [
+        ({"format": 3, "seal": 1}, "has format 3, this version reads formats up to 2; install"),
+        ({"seal": 1}, r"has fields that this version does not know \(seal\); install"),
+    ],
+)
+def test_a_manifest_of_a_newer_version_is_not_read(
+    storage: Storage, added: dict[str, int], sentence: str
+) -> None:
     with edit_manifest(storage) as manifest:
-        manifest |= {"format": 3, "new_field": 1}
-    with pytest.raises(ConfigError, match=r"has format 3, this version reads formats up to 2; ins"):
+        manifest |= added
+    with pytest.raises(ConfigError, match=sentence):
         verify(storage, CAPTIONS)
 
 
