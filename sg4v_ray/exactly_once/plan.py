@@ -307,7 +307,7 @@ def _execute(
     rows = rows.map_batches(
         step.actor,
         fn_constructor_kwargs={**shared, "progress": monitor.progress},
-        batch_size=None,
+        batch_size=1,  # a part; Ray Data refuses None for actors with GPUs
         batch_format="pyarrow",
         num_cpus=where.engine_cpus,
         num_gpus=where.engine_gpus,

@@ -66,6 +66,12 @@ def exported() -> set[str]:
     return {line.partition("{")[0] for line in found.text.splitlines() if "ray_sg4v_" in line[:9]}
 
 
+def test_engines_with_a_share_of_a_gpu_caption(tmp_path: Path, tiny_model: Path) -> None:
+    site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 12)
+    _steps.caption_images(captioning(), where(site, engine_gpus=0.5))
+    site.check_exactly_once()
+
+
 @pytest.mark.scale
 def test_a_job_that_is_late_takes_what_there_is_and_says_so_and_prometheus_has_its_metrics(
     tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture
@@ -82,7 +88,7 @@ def test_a_job_that_is_late_takes_what_there_is_and_says_so_and_prometheus_has_i
     assert "finish_by 2s cannot be met: it needs" in caplog.text
     assert "Raise --where.max-actors" in caplog.text
     # 16 of them would leave no CPU to the tasks that feed them, and the job would wait for ever.
-    assert "max_actors is 16, but only 6 fit into the cluster" in caplog.text
+    assert "max_actors is 16, but only 7 fit into the cluster" in caplog.text
     assert seen >= {
         f"ray_{one.name}{'_total' if one.kind == 'counter' else ''}"
         for one in vars(observe).values()
