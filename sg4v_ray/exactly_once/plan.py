@@ -11,7 +11,6 @@ made again by the same run.
 import gc
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from sg4v_ray.exactly_once.capacity import (
     decode_tasks_per_actor,
     initial_pool_size,
     max_pool_size,
+    parts_at_once,
     rows_per_decode_task,
 )
 from sg4v_ray.exactly_once.config import Batching
@@ -315,8 +315,7 @@ def _execute(
             min_size=where.min_actors,
             max_size=max_pool_size(where),
             initial_size=initial_actors,
-            # The next part starts while the last rows of the one before are in the engine.
-            max_concurrent_calls_per_actor=1 + math.ceil(rows_in_flight / rows_per_part),
+            max_concurrent_calls_per_actor=parts_at_once(rows_in_flight, rows_per_part),
         ),
     )
     for figures in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
+from ray.data._internal.execution.interfaces import ExecutionResources
 
-from sg4v_ray.exactly_once.capacity import rows_per_decode_task
+from sg4v_ray.exactly_once.capacity import parts_at_once, rows_per_decode_task
 from sg4v_ray.exactly_once.part_actor import PartActor, RowSemaphore, without_images
 
 
@@ -111,3 +112,16 @@ def test_no_decode_task_is_larger_than_half_of_the_capacity_or_leaves_a_third_un
         rows = rows_per_decode_task(capacity, 16)
         assert 1 <= rows <= (capacity + 1) // 2
         assert capacity % rows <= capacity / (3 if capacity < 20 else 10)
+
+
+@pytest.mark.parametrize(
+    ("rows_in_flight", "rows_per_part", "parts"),
+    [(32, 512, 2), (32, 32, 2), (32, 20, 4), (9, 1, 16)],
+)
+def test_an_actor_works_on_more_parts_than_its_rows_in_flight_fill(
+    rows_in_flight: int, rows_per_part: int, parts: int
+) -> None:
+    assert parts_at_once(rows_in_flight, rows_per_part) == parts
+    # The number of nodes that Ray Data computes for a pool must not be rounded down.
+    per_call = ExecutionResources(cpu=1, gpu=1).scale(1 / parts)
+    assert per_call.scale(parts * 7).gpu == 7
