@@ -4,6 +4,7 @@
 import dataclasses
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from sg4v_ray.recipes.line import Line
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ROOT = "--where.root"
+_STDOUT = 1
 _RENAMED_FLAGS = {
     "flow.rows-per-block": "batching.rows-per-part",
     "flow.batch-size": "batching.rows-per-task",
@@ -45,17 +47,18 @@ def main(
     set_up_logging()
     try:
         run()
+        sys.stdout.flush()
     except Stopped as error:
         print(error, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except Sg4vError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:  # the reader of stdout has ended, as `| head` does
-        # Python would flush stdout at its end and fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except STORAGE_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and _stdout_has_no_reader():
+            # Python flushes stdout at its end, which would fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+            sys.exit(128 + signal.SIGPIPE)
         _log.debug("the traceback of the storage error", exc_info=True)
         text = first_line(getattr(error, "cause", error))  # Ray adds the traceback of a worker
         print(f"StorageError: {text}; {stopped}", file=sys.stderr)
@@ -63,6 +66,16 @@ def main(
     except KeyboardInterrupt:
         print(f"stopped; {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _stdout_has_no_reader() -> bool:
+    """Return True if stdout is a pipe whose reader has ended, as that of `| head`.
+
+    A connection to a store or to a worker process raises the same error.
+    """
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def parse(

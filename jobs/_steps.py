@@ -86,8 +86,8 @@ def train(step: TrainStep, where: Where) -> Manifest:
 
 def caption_images(step: CaptionStep, where: Where) -> Manifest:
     """Caption the images of a step; the embedded captioner is copied below the root first."""
-    find(where.storage, step.images)  # a wrong root must get no copy of the captioner
     if step.captioner == embedded.CAPTIONER:
+        find(where.storage, step.images)  # a wrong root must get no copy of the captioner
         embedded.install_captioner(where.storage)
     return stage.write_rows(_captioning(step, where), batching=step.batching, where=where)
 

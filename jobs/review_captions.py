@@ -61,4 +61,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run, stopped="nothing was committed, run the same command again")
+    main(run, stopped="run the same command again")

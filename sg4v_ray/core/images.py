@@ -37,7 +37,7 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 )
 _ORIENTATION = 0x0112
 # Source: EXIF 2.3, tag 274, and the names that Pillow has for what undoes each value.
-_MEMORY_OBJECT = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
+_MEMORY_OBJECT = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -142,7 +142,7 @@ def _decode(data: bytes, name: str, limits: ImageLimits) -> Image.Image | Reject
     except _DECODE_ERRORS as error:
         reason = Reject.TRUNCATED if _is_cut(data, name) else Reject.CORRUPT
         # Pillow names the object in memory: another text in each run.
-        return Rejected(reason, f"{name}: {_MEMORY_OBJECT.sub('the image', str(error))}")
+        return Rejected(reason, f"{name}: {_MEMORY_OBJECT.sub('', str(error))}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

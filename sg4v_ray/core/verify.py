@@ -73,7 +73,8 @@ class Receipt:
     manifest: str
     """Name of the valid manifest."""
     fingerprint: str
-    """As recorded: a stored config lacks the defaults that it is hashed without."""
+    """Of identity, inputs and attempts. Only as recorded in format 1, which has no identity, and
+    after a retry with raised limits."""
     format: int
     rows: int
     """Rows of the artifact. The id of each occurs exactly once."""

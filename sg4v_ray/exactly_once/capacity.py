@@ -77,8 +77,8 @@ def parts_at_once(rows_in_flight: int, rows_per_part: int) -> int:
     """Return how many parts an actor works on: one more than its rows in flight fill.
 
     So the next part starts while the last rows of the one before are in the engine. It is a power
-    of two: Ray Data rounds an actor's resources for each of its calls to 5 digits, so with three
-    calls it asks an autoscaling cluster for one node too few.
+    of two: Ray Data rounds an actor's resources for each of its calls to 5 digits (exact up to
+    32), so with three calls it asks an autoscaling cluster for one node too few.
     """
     wanted = 1 + math.ceil(rows_in_flight / rows_per_part)
     return 1 << (wanted - 1).bit_length()

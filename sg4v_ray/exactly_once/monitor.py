@@ -383,12 +383,18 @@ def _last_status(artifact_dir: Storage) -> dict[str, Any]:
 
 
 def put_final_status(artifact_dir: Storage, counts: Mapping[str, int]) -> None:
-    """Write the `status.json` of a committed artifact.
+    """Write the `status.json` of a committed artifact. A failure is logged: the job has succeeded.
 
     Args:
         counts: of the manifest.
     """
-    before = _last_status(artifact_dir)
+    try:
+        _put_status(artifact_dir, _final_status(counts, _last_status(artifact_dir)))
+    except (*STORAGE_ERRORS, StorageError) as error:
+        _log.warning("%s in %s is out of date: %s", STATUS, artifact_dir.root, error)
+
+
+def _final_status(counts: Mapping[str, int], before: dict[str, Any]) -> dict[str, Any]:
     status = Status(
         state="finished",
         updated=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -409,7 +415,7 @@ def put_final_status(artifact_dir: Storage, counts: Mapping[str, int]) -> None:
         usd_so_far=before.get("usd_so_far"),
         usd_expected=before.get("usd_so_far"),
     )
-    _put_status(artifact_dir, dataclasses.asdict(status))
+    return dataclasses.asdict(status)
 
 
 @contextmanager
@@ -423,6 +429,8 @@ def stopped_on_error(artifact_dir: Storage, lease: Lease) -> Iterator[None]:
             status = _last_status(artifact_dir)
             if status.get("state") == _COMMITTING:
                 _put_status(artifact_dir, {**status, "state": "stopped"})
+        except LeaseLost:
+            _log.debug("%s in %s is another writer's now", STATUS, artifact_dir.root)
         except (*STORAGE_ERRORS, Sg4vError) as error:
             # Not raised: it would replace the error that ended the job.
             _log.warning("%s in %s is out of date: %s", STATUS, artifact_dir.root, error)

@@ -57,6 +57,7 @@ def test_a_renamed_flag_names_its_successor(flag: str, answer: str) -> None:
     [
         OSError(errno.EROFS, "Read-only file system", "/data/runs"),
         GenericError("no answer from the store\n\nDebug source: a page"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),  # of a connection; stdout has a reader here
     ],
 )
 def test_a_storage_error_ends_a_job_with_one_sentence(

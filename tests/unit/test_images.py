@@ -107,7 +107,7 @@ def test_details_of_rejects_are_equal_in_each_run_and_printable() -> None:
         assert isinstance(first, Rejected)
         assert first == second
         details.append(first.detail)
-    assert "0x" not in details[0]
+    assert details[0] == "PNG: cannot identify image file"
     assert details[1] == "starts with the bytes 5d cd 00 74 65 78 74"
 
 

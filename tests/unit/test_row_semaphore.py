@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
-from ray.data._internal.execution.interfaces import ExecutionResources
+from ray.data import ExecutionResources
 
 from sg4v_ray.exactly_once.capacity import parts_at_once, rows_per_decode_task
 from sg4v_ray.exactly_once.part_actor import PartActor, RowSemaphore, without_images

@@ -66,10 +66,14 @@ def exported() -> set[str]:
     return {line.partition("{")[0] for line in found.text.splitlines() if "ray_sg4v_" in line[:9]}
 
 
-def test_engines_with_a_share_of_a_gpu_caption(tmp_path: Path, tiny_model: Path) -> None:
+def test_engines_with_a_share_of_a_gpu_caption_and_show_their_rate(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     site = make_site(str(tmp_path / "runs"), tmp_path, tiny_model, 12)
-    _steps.caption_images(captioning(), where(site, engine_gpus=0.5))
+    _steps.caption_images(captioning(), replace(where(site, engine_gpus=0.5), progress=True))
     site.check_exactly_once()
+    last = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2]
+    assert re.search(r"12/12 \[\d\d:\d\d, ETA 00:00, [\d.]+ rows/s, \d+ tokens/s, 0 reject", last)
 
 
 @pytest.mark.scale
