@@ -2,6 +2,7 @@
 """A location that leads nowhere costs one row and never the job."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,6 +88,18 @@ def test_a_file_without_a_size_is_read_to_the_limit_only() -> None:
     found = read("/proc/self/environ", limits=ImageLimits(max_bytes=10))
     assert isinstance(found, Rejected)
     assert found.reason is Reject.TOO_MANY_BYTES
+
+
+def test_a_small_image_takes_no_memory_of_the_size_of_the_limit(tmp_path: Path) -> None:
+    image = tmp_path / "a.jpg"
+    image.write_bytes(b"x" * 1000)
+    tracemalloc.start()
+    try:
+        assert read(str(image), limits=ImageLimits(max_bytes=2**26)) == b"x" * 1000
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_a_bucket_that_fails_is_no_damage_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
