@@ -20,6 +20,7 @@ from sg4v_ray.core.errors import ConfigError, Sg4vError, Stopped
 from sg4v_ray.core.observe import set_up_logging
 from sg4v_ray.core.storage import STORAGE_ERRORS, first_line
 from sg4v_ray.core.where import Where
+from sg4v_ray.exactly_once.capacity import in_ray_job, joins_cluster
 from sg4v_ray.recipes.catalogue import RECIPES
 from sg4v_ray.recipes.line import Line
 
@@ -146,11 +147,6 @@ def _flags_of(part: Any) -> Any:
     return Annotated[type(part), tyro.conf.arg(name="")]
 
 
-def in_ray_job() -> bool:
-    """Say whether this process was started by `ray job submit`."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
 def _with_absolute_root(flags: list[str]) -> list[str]:
     """Make a relative root absolute on this machine; refuse it, or none, in a submitted job.
 
@@ -186,7 +182,7 @@ def ray_session(*, trains: bool = False) -> Iterator[None]:
             not know it. So a session that trains has a dashboard of its own.
     """
     quiet: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    if in_ray_job() or os.environ.get("RAY_ADDRESS"):
+    if joins_cluster():
         ray.init(address="auto", **quiet)
     else:
         # Logical CPUs: beside the engine, light tasks read, decode and write.

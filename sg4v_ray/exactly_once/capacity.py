@@ -7,6 +7,9 @@ Ray gives CPUs to the first request. Engines that held all CPUs would wait for r
 import logging
 import math
 import os
+import threading
+import time
+from collections.abc import Callable
 
 import ray
 from ray._private import state as cluster_state
@@ -17,6 +20,7 @@ from sg4v_ray.core.where import Where
 _log = logging.getLogger(__name__)
 
 _MAX_DECODE_TASKS = 8
+_POLL_S = 0.5
 
 
 def check_cluster_capacity(where: Where) -> None:
@@ -24,16 +28,54 @@ def check_cluster_capacity(where: Where) -> None:
 
     Without this check a plan that is too large waits indefinitely and reports nothing.
     """
+    wait_for_nodes(lambda: _shortage(where))
+
+
+def _shortage(where: Where) -> str | None:
     have = max_cluster_resources()
-    if num_engines_that_fit(where, have) < where.min_actors:
-        need_cpus = where.min_actors * where.engine_cpus + where.decode_cpus
-        need_gpus = where.min_actors * where.engine_gpus
-        raise ConfigError(
-            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
-            f"{where.min_actors} engine(s) of {where.engine_cpus:g} CPUs and "
-            f"{where.engine_gpus:g} GPUs and one decode task need {need_cpus:g} and "
-            f"{need_gpus:g}. Lower --where.engine-cpus or --where.min-actors, or add nodes."
-        )
+    if num_engines_that_fit(where, have) >= where.min_actors:
+        return None
+    need_cpus = where.min_actors * where.engine_cpus + where.decode_cpus
+    need_gpus = where.min_actors * where.engine_gpus
+    return (
+        f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; "
+        f"{where.min_actors} engine(s) of {where.engine_cpus:g} CPUs and "
+        f"{where.engine_gpus:g} GPUs and one decode task need {need_cpus:g} and "
+        f"{need_gpus:g}. Lower --where.engine-cpus or --where.min-actors, or add nodes."
+    )
+
+
+def wait_for_nodes(shortage: Callable[[], str | None], *, wait_s: float = 60.0) -> None:
+    """Wait until a cluster is large enough; in one that was started with this job, do not wait.
+
+    A job is often submitted while the nodes of its cluster still start.
+
+    Args:
+        shortage: returns the text of the error, or None if the cluster is large enough.
+        wait_s: limit in seconds.
+
+    Raises:
+        ConfigError: the cluster is too small.
+    """
+    started_s = time.monotonic()
+    is_reported = False
+    while (text := shortage()) is not None:
+        if not joins_cluster() or time.monotonic() - started_s >= wait_s:
+            raise ConfigError(text)
+        if not is_reported:
+            _log.warning("waiting up to %.0f s for nodes that start: %s", wait_s, text)
+            is_reported = True
+        threading.Event().wait(_POLL_S)
+
+
+def joins_cluster() -> bool:
+    """Return whether jobs of this process run on an existing cluster: submitted, or RAY_ADDRESS."""
+    return in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def in_ray_job() -> bool:
+    """Return whether this process was started by `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def initial_pool_size(where: Where) -> int:

@@ -26,7 +26,7 @@ from sg4v_ray.core.errors import ConfigError, ContractError, Sg4vError, WorkersL
 from sg4v_ray.core.lease import hold
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where, seconds_of
-from sg4v_ray.exactly_once.capacity import max_cluster_resources
+from sg4v_ray.exactly_once.capacity import max_cluster_resources, wait_for_nodes
 from sg4v_ray.exactly_once.config import MODEL_FOLDER, ModelSource
 from sg4v_ray.model.config import ModelConfig
 from sg4v_ray.training import checkpoint, signals, tracker
@@ -203,7 +203,11 @@ def _check(job: Job, where: Where) -> None:
 
 
 def _check_cluster(where: Where) -> None:
-    """Raise ConfigError if the workers do not fit; Ray would wait for ever, without a word."""
+    """Raise ConfigError if the workers do not fit; Ray would wait indefinitely."""
+    wait_for_nodes(lambda: _shortage(where))
+
+
+def _shortage(where: Where) -> str | None:
     have, now = max_cluster_resources(), ray.cluster_resources()
     workers = where.min_train_workers or where.train_workers
     need = {"CPU": where.worker_cpus, "GPU": 1.0 if where.train_gpu else 0.0}
@@ -211,13 +215,14 @@ def _check_cluster(where: Where) -> None:
     grows = any(have.get(name, 0) > now.get(name, 0) for name in need)
     nodes = [have] if grows else [one["Resources"] for one in ray.nodes() if one["Alive"]]
     room = sum(_workers_of(node, need) for node in nodes)
-    if room < workers:
-        raise ConfigError(
-            f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs on "
-            f"{len(nodes)} nodes, room for {room} of {workers} training workers, which need "
-            f"{need['CPU']:g} CPUs and {need['GPU']:g} GPUs each. Lower --where.train-workers, "
-            "--where.min-train-workers or --where.worker-cpus, or add nodes."
-        )
+    if room >= workers:
+        return None
+    return (
+        f"the cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs on "
+        f"{len(nodes)} nodes, room for {room} of {workers} training workers, which need "
+        f"{need['CPU']:g} CPUs and {need['GPU']:g} GPUs each. Lower --where.train-workers, "
+        "--where.min-train-workers or --where.worker-cpus, or add nodes."
+    )
 
 
 def _workers_of(node: Mapping[str, float], need: Mapping[str, float]) -> int:
