@@ -17,6 +17,7 @@ from sg4v_ray.core.rejects import Reject, RejectBudget
 from sg4v_ray.core.storage import Storage
 from sg4v_ray.core.where import Where
 from sg4v_ray.exactly_once.config import Batching
+from sg4v_ray.inference.fake import MAX_TOKENS
 from sg4v_ray.inference.open import EngineConfig
 from sg4v_ray.recipes.catalogue import RECIPES
 from sg4v_ray.recipes.line import CaptionStep, IndexStep
@@ -38,8 +39,13 @@ def caption_step() -> CaptionStep:
     """Return the step that captions the images with the fake engine."""
     demo = RECIPES["demo"]().caption
     assert demo is not None
+    generate = replace(
+        demo.config.generate,
+        generation=replace(demo.config.generate.generation, max_tokens=MAX_TOKENS + 1),
+    )
     config: BulkConfig = replace(
         demo.config,
+        generate=generate,  # each answer of the fake engine ends
         quality=replace(demo.config.quality, min_words=1),
         budget=RejectBudget(max_reject_rate=0.5),
     )
