@@ -137,7 +137,7 @@ class FakeEngine:
         sampling = (how.temperature, how.top_p, how.seed) if how.temperature else ()
         digest = hashlib.shake_128(repr(request.token_ids).encode())
         for image in request.images:
-            digest.update(image if image.flags.c_contiguous else image.tobytes())
+            digest.update(image.tobytes())
         digest.update(repr((sampling, how.repetition_penalty)).encode())
         drawn = digest.digest(4 * MAX_TOKENS + 4)
         first, *numbers = memoryview(drawn).cast("I").tolist()
