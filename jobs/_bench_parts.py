@@ -50,8 +50,8 @@ NO_GATE = QualityConfig(min_words=1, max_phrase_repeats=10**6, max_word_run=10**
 ROWS_PER_PART = 2048
 """Of the control-plane case: about a second of its work."""
 _WARM_UP_S: Final = 120.0
-"""Ray Data's stats actor grows by 15 MB in its first 170 s, with each report of a dataset, and then
-by less than 2 MB in 8 minutes (Ray 2.60.0)."""
+"""Ray Data's stats actor grows by 14 MB in its first three minutes, with each report of a dataset,
+and by less than 2 MB in the next seven (Ray 2.60.0)."""
 
 
 class Settings(Protocol):

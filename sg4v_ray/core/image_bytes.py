@@ -120,9 +120,9 @@ def _whole(uri: str, limits: ImageLimits) -> bytes | Rejected:
         if (refused := _too_big(found.st_size, limits)) is not None:
             return refused
         with open(path, "rb") as file:
-            # Not the limit at once: memory of that size is taken first, for a small image too.
+            # Not up to the limit at once: a read first allocates all bytes that it may return.
             data = file.read(found.st_size + 1)
-            if len(data) != found.st_size:  # it grows, or is of /proc: without a size or an end
+            if len(data) != found.st_size:  # it grows, or is of /proc, where files have no size
                 data += file.read(limits.max_bytes + 1 - len(data))
         return _too_big(len(data), limits) or data
     remote = obstore.get(*_object(uri))

@@ -90,6 +90,12 @@ def test_a_file_without_a_size_is_read_to_the_limit_only() -> None:
     assert found.reason is Reject.TOO_MANY_BYTES
 
 
+def test_a_file_without_a_size_is_read_whole() -> None:
+    file = Path("/proc/version")
+    assert file.stat().st_size == 0
+    assert read(str(file), limits=LIMITS) == file.read_bytes()
+
+
 def test_a_small_image_takes_no_memory_of_the_size_of_the_limit(tmp_path: Path) -> None:
     image = tmp_path / "a.jpg"
     image.write_bytes(b"x" * 1000)
